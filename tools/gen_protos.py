@@ -21,7 +21,9 @@ GENERATED = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 
 def generate(out: Path) -> None:
     """Run protoc over every .proto file; what it makes lands below `out`."""
-    sources = sorted(path.relative_to(PROTOS).as_posix() for path in PROTOS.glob(f"{PACKAGE}/*.proto"))
+    sources = sorted(
+        path.relative_to(PROTOS).as_posix() for path in PROTOS.glob(f"{PACKAGE}/*.proto")
+    )
     if not sources:
         sys.exit(f"no .proto file below protos/{PACKAGE}")
     include = resources.files("grpc_tools") / "_proto"

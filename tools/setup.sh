@@ -138,7 +138,8 @@ python_environment() {
         UV_LINK_MODE=copy
     # In two steps, so that hatchling, which builds the second, is the locked one too.
     "$VENV/bin/uv" sync --frozen --quiet --inexact --no-install-project
-    "$VENV/bin/uv" sync --frozen --quiet --inexact --no-build-isolation
+    "$VENV/bin/uv" sync --frozen --quiet --inexact --no-build-isolation \
+        --reinstall-package grafos
     printf '%s\n' "$want" >"$STAMP"
     say "$VENV is ready"
 }
