@@ -1,0 +1,275 @@
+"""A lease: the time-limited right of one holder to one slice of one resource.
+
+What the ledger knows of a lease, and the one table of how it may change:
+
+            grant              bound
+    (none) ───────► PENDING ─────────► ACTIVE ◄─┐ renew, attach
+                       │ burn, release,   │ └───┘
+                       │ revoke           │ release, expire, revoke, agent lost
+                       ▼                  ▼
+                       └──────────────► ENDING ──── receipt ────► RELEASED
+                                          │                          ▲
+                                          └── teardown failed ► FENCED
+                                                                clear, with evidence
+
+RELEASED is the end. Capacity is charged to the node in every other state: PENDING and ACTIVE count
+as leased, ENDING as ending, FENCED as fenced. The tenant is charged only while PENDING or ACTIVE.
+
+Inside ENDING a revocation passes through named stages, drawn at `REVOKE_STAGES`.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NewType
+
+from grafos_core import failure
+
+LeaseId = NewType("LeaseId", str)
+"""128 random bits as 32 lower-case hexadecimal digits."""
+NodeId = NewType("NodeId", str)
+TenantId = NewType("TenantId", str)
+
+TTL_MS_MIN: Final = 1_000
+TTL_MS_MAX: Final = 86_400_000
+TTL_MS_DEFAULT: Final = 60_000
+TOKEN_MS_DEFAULT: Final = 30_000
+TOKEN_MS_MAX: Final = 300_000
+CLOCK_ERROR_MS: Final = 500
+"""Largest difference between the wall clocks of two synced machines (eps)."""
+RATE_ERROR: Final = 500
+"""Clocks run at most 1/500 too fast or too slow (rho)."""
+TEARDOWN_MS_MAX: Final = 5_000
+"""A teardown that takes longer fences its slice. Slurm waits 60 s and drains the whole node."""
+EPOCH_MAX: Final = 2**64 - 2
+AMOUNT_MAX: Final = 2**62
+BLOCK_BYTES: Final = 4096
+"""Unit of block leases; amounts of other kinds are bytes, cores per mille or bits per second."""
+RECONNECT_MS_DEFAULT: Final = 5_000
+
+
+class Kind(enum.StrEnum):
+    """What can be leased. Block is cut in extents, all others are amounts."""
+
+    MEM = "mem"
+    BLOCK = "block"
+    GPU = "gpu"
+    CPU = "cpu"
+    NET = "net"
+
+    @property
+    def has_extents(self) -> bool:
+        return self is Kind.BLOCK
+
+
+class LeaseState(enum.StrEnum):
+    PENDING = "pending"
+    ACTIVE = "active"
+    ENDING = "ending"
+    RELEASED = "released"
+    FENCED = "fenced"
+
+
+class EndCause(enum.StrEnum):
+    """Why a lease ended. `holder_exit` and `disconnected` are the node's findings."""
+
+    RELEASE = "release"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+    BURNT = "burnt"
+    HOLDER_EXIT = "holder_exit"
+    DISCONNECTED = "disconnected"
+    AGENT_LOST = "agent_lost"
+    BIND_FAILED = "bind_failed"
+    CLEARED = "cleared"
+
+
+class Priority(enum.StrEnum):
+    GUARANTEED = "guaranteed"
+    STANDARD = "standard"
+    SCAVENGER = "scavenger"
+
+
+LIFETIME_MS_MAX: Final[Mapping[Priority, int | None]] = {
+    Priority.GUARANTEED: None,
+    Priority.STANDARD: 86_400_000,
+    Priority.SCAVENGER: 600_000,
+}
+"""No renewal passes grant + this. None: no bound unless the holder asks for one."""
+
+
+class Isolation(enum.StrEnum):
+    """How far a lease is kept from its neighbours, weakest first."""
+
+    NONE = "none"
+    SOFT = "soft"
+    CONTEXT = "context"
+    PARTITION = "partition"
+
+
+class OnHolderExit(enum.StrEnum):
+    RELEASE = "release"
+    KEEP = "keep"
+
+
+TRANSITIONS: Final[Mapping[LeaseState | None, frozenset[LeaseState]]] = {
+    None: frozenset({LeaseState.PENDING}),
+    LeaseState.PENDING: frozenset({LeaseState.ACTIVE, LeaseState.ENDING}),
+    LeaseState.ACTIVE: frozenset({LeaseState.ENDING}),
+    LeaseState.ENDING: frozenset({LeaseState.RELEASED, LeaseState.FENCED}),
+    LeaseState.FENCED: frozenset({LeaseState.RELEASED}),
+    LeaseState.RELEASED: frozenset(),
+}
+
+HELD: Final = frozenset(
+    {LeaseState.PENDING, LeaseState.ACTIVE, LeaseState.ENDING, LeaseState.FENCED}
+)
+"""States in which the slice is charged to its node."""
+USABLE: Final = frozenset({LeaseState.PENDING, LeaseState.ACTIVE})
+"""States in which the tenant is charged and the lease may be renewed."""
+
+
+class RevokeStage(enum.StrEnum):
+    """How far a revocation has come; the labels are the wire's."""
+
+    ACTIVE = "active"
+    REVOKE_WARNING = "revoke_warning"
+    GRACE_RUNNING = "grace_running"
+    CHECKPOINT_REPORTED = "checkpoint_reported"
+    FORCED_TEARDOWN = "forced_teardown"
+    TORNDOWN = "torndown"
+    EXPIRED = "expired"
+    FENCED = "fenced"
+    FAILED_CLOSED = "failed_closed"
+
+
+_ENDS: Final = frozenset({RevokeStage.TORNDOWN, RevokeStage.FENCED, RevokeStage.FAILED_CLOSED})
+
+REVOKE_STAGES: Final[Mapping[RevokeStage, frozenset[RevokeStage]]] = {
+    RevokeStage.ACTIVE: frozenset(
+        {RevokeStage.REVOKE_WARNING, RevokeStage.FORCED_TEARDOWN, RevokeStage.EXPIRED}
+    ),
+    RevokeStage.REVOKE_WARNING: frozenset(
+        {RevokeStage.GRACE_RUNNING, RevokeStage.FORCED_TEARDOWN, RevokeStage.EXPIRED}
+    ),
+    RevokeStage.GRACE_RUNNING: frozenset(
+        {RevokeStage.CHECKPOINT_REPORTED, RevokeStage.FORCED_TEARDOWN, RevokeStage.EXPIRED}
+    ),
+    RevokeStage.CHECKPOINT_REPORTED: _ENDS,
+    RevokeStage.FORCED_TEARDOWN: _ENDS,
+    RevokeStage.EXPIRED: _ENDS,
+    RevokeStage.FAILED_CLOSED: frozenset({RevokeStage.TORNDOWN, RevokeStage.FENCED}),
+    RevokeStage.TORNDOWN: frozenset(),
+    RevokeStage.FENCED: frozenset(),
+}
+"""failed_closed is the end of access with the receipt outstanding; the receipt still settles it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a lease carries from its grant to its teardown; never looked up again."""
+
+    on_holder_exit: OnHolderExit = OnHolderExit.RELEASE
+    reconnect_ms: int = RECONNECT_MS_DEFAULT
+    """How long a lost connection of a remote holder may stay lost."""
+    stop_after_ms: int | None = None
+    """None: a lease outlives the control plane's absence to its deadline; else it ends after it."""
+    isolation: Isolation = Isolation.NONE
+    scrub: bool = False
+    """Overwrite with zeros before the pages are given back."""
+    priority: Priority = Priority.STANDARD
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One lease as the ledger remembers it. `amount` is in the kind's unit."""
+
+    lease_id: LeaseId
+    request_id: str
+    tenant: TenantId
+    holder: str
+    """SPIFFE id."""
+    holder_key: str
+    """SHA-256 of the holder's TLS public key, base64url."""
+    kind: Kind
+    node_id: NodeId
+    incarnation: str
+    amount: int
+    extent_offset: int
+    """In blocks; 0 for kinds without extents."""
+    epoch: int
+    generation: int
+    ttl_ms: int
+    granted_at_ms: int
+    end_ms: int
+    lifetime_end_ms: int | None
+    bind_by_ms: int
+    """When its token has run out: a grant not bound by then (+ eps) is burnt."""
+    policy: Policy = field(default_factory=Policy)
+    state: LeaseState = LeaseState.PENDING
+    stage: RevokeStage = RevokeStage.ACTIVE
+    cause: EndCause | None = None
+    reason: str = ""
+    """Words of the authority that ended it."""
+    ended_at_ms: int | None = None
+    unconfirmed: bool = False
+    fence_cause: str = ""
+    fence_evidence: Mapping[str, Any] = field(default_factory=dict)
+    fenced_at_ms: int | None = None
+
+    def moved(self, state: LeaseState, **changes: Any) -> Lease:
+        """The lease in `state`. An illegal transition is a broken invariant and changes nothing."""
+        failure.invariant(
+            state in TRANSITIONS[self.state],
+            f"lease {self.lease_id} cannot go from {self.state} to {state}",
+        )
+        return replace(self, state=state, **changes)
+
+    def staged(self, stage: RevokeStage) -> Lease:
+        failure.invariant(
+            stage in REVOKE_STAGES[self.stage],
+            f"revocation of {self.lease_id} cannot go from {self.stage} to {stage}",
+        )
+        return replace(self, stage=stage)
+
+    @property
+    def extent_end(self) -> int:
+        return self.extent_offset + self.amount
+
+
+_IDENTIFIER = re.compile(r"[a-z0-9-]{1,63}")
+_LEASE_ID = re.compile(r"[0-9a-f]{32}")
+_REQUEST_ID = re.compile(r"[0-9a-zA-Z_.:-]{1,64}")
+
+
+def check_identifier(text: str, what: str) -> str:
+    """Return `text` if it is an identifier of ours; the refusal never repeats what was sent."""
+    if not _IDENTIFIER.fullmatch(text):
+        raise failure.of("IDENTIFIER", f"{what}: 1 to 63 of a-z, 0-9 and '-'")
+    return text
+
+
+def check_lease_id(text: str) -> LeaseId:
+    if not _LEASE_ID.fullmatch(text):
+        raise failure.of("IDENTIFIER", "lease id: 32 hexadecimal digits")
+    return LeaseId(text)
+
+
+def check_request_id(text: str) -> str:
+    if not _REQUEST_ID.fullmatch(text):
+        raise failure.of("IDENTIFIER", "request id: 1 to 64 of A-Z a-z 0-9 _ . : -")
+    return text
+
+
+def check_ttl(ttl_ms: int) -> int:
+    if not TTL_MS_MIN <= ttl_ms <= TTL_MS_MAX:
+        raise failure.of("RANGE", f"ttl_ms: {TTL_MS_MIN} to {TTL_MS_MAX}")
+    return ttl_ms
+
+
+def rate_margin_ms(duration_ms: int) -> int:
+    """How much a clock of bounded rate error may be off after `duration_ms`, rounded up."""
+    return -(-duration_ms // RATE_ERROR)
