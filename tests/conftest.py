@@ -5,7 +5,6 @@ from hypothesis import settings
 
 from tests.requirements import add_system_path, require
 
-
 add_system_path()
 
 # The same inputs on every machine and every run: a red suite must be red again when repeated.

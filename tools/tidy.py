@@ -245,11 +245,11 @@ def fakes_not_mocks(files: list[File]) -> Iterator[str]:
 
 
 def needs_are_stated(files: list[File]) -> Iterator[str]:
-    for file, node in _nodes(files, ast.Attribute):
-        if file.path != "tests/requirements.py" and isinstance(node.value, ast.Name):
-            said = f"{node.value.id}.{node.attr}"
-            if said in {"pytest.skip", "pytest.importorskip"}:
-                yield f"{file.at(node)}: {said}"
+    for file, node in _nodes(files, ast.Call):
+        if file.path != "tests/requirements.py" and isinstance(node.func, ast.Attribute):
+            called = ast.unparse(node.func)
+            if called in {"pytest.skip", "pytest.importorskip"}:
+                yield f"{file.at(node)}: {called}"
 
 
 def files_are_small(files: list[File]) -> Iterator[str]:
