@@ -36,8 +36,7 @@ test: setup ## the whole default suite
 lint: venv ## style, types, import contracts
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
-	@PYTHONPATH=.:core:protos:sdk $(VENV)/bin/lint-imports --no-logo 2>/dev/null || \
-		PYTHONPATH=.:core:protos:sdk $(VENV)/bin/lint-imports
+	@PYTHONPATH=.:core:protos:sdk $(VENV)/bin/lint-imports --no-logo
 	@$(VENV)/bin/mypy
 
 .PHONY: fmt
