@@ -104,10 +104,8 @@ locked_version() {
     sed -n "/^name = \"$1\"\$/{n;s/^version = \"\(.*\)\"\$/\1/p;q}" uv.lock
 }
 
-# An editable install knows the source roots that exist when it is made, so they count too.
 fingerprint() {
-    { "$1" --version; pwd; ls -d core/* protos/* sdk/* services || true
-        cat pyproject.toml uv.lock tools/setup.sh; } 2>/dev/null | sha256sum | cut -d' ' -f1
+    { "$1" --version; pwd; cat pyproject.toml uv.lock tools/setup.sh; } | sha256sum | cut -d' ' -f1
 }
 
 make_venv() {
@@ -138,8 +136,7 @@ python_environment() {
         UV_LINK_MODE=copy
     # In two steps, so that hatchling, which builds the second, is the locked one too.
     "$VENV/bin/uv" sync --frozen --quiet --inexact --no-install-project
-    "$VENV/bin/uv" sync --frozen --quiet --inexact --no-build-isolation \
-        --reinstall-package grafos
+    "$VENV/bin/uv" sync --frozen --quiet --inexact --no-build-isolation
     printf '%s\n' "$want" >"$STAMP"
     say "$VENV is ready"
 }
