@@ -22,10 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from grafos_proto.v1 import common_pb2 as grafos__proto_dot_v1_dot_common__pb2
+from grafos_proto.v1 import lease_pb2 as grafos__proto_dot_v1_dot_lease__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgrafos_proto/v1/admission.proto\x12\tgrafos.v1\x1a\x1cgrafos_proto/v1/common.proto\"\xa1\x02\n\x0e\x41\x63quireRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1d\n\x04kind\x18\x02 \x01(\x0e\x32\x0f.grafos.v1.Kind\x12\x0e\n\x06\x61mount\x18\x03 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x04 \x01(\x04\x12!\n\x06policy\x18\x05 \x01(\x0b\x32\x11.grafos.v1.Policy\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\x12\x10\n\x08has_wait\x18\x07 \x01(\x08\x12\x33\n\x05where\x18\x08 \x03(\x0b\x32$.grafos.v1.AcquireRequest.WhereEntry\x12\x13\n\x0blifetime_ms\x18\t \x01(\x04\x1a,\n\nWhereEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"u\n\x0f\x41\x63quireResponse\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.grafos.v1.Lease\x12\r\n\x05token\x18\x02 \x01(\t\x12\x15\n\rnode_endpoint\x18\x03 \x01(\t\x12\x1b\n\x13token_expires_in_ms\x18\x04 \x01(\x04\"5\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"D\n\x0cRenewRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\x04\"?\n\rRenewResponse\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.grafos.v1.Lease\x12\r\n\x05token\x18\x02 \x01(\t\"6\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"2\n\x0fReleaseResponse\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.grafos.v1.Lease\"3\n\x04Term\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05holds\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"g\n\x0fNodeExplanation\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x1e\n\x05terms\x18\x02 \x03(\x0b\x32\x0f.grafos.v1.Term\x12\x0f\n\x07held_by\x18\x03 \x03(\t\x12\x12\n\nfree_by_ms\x18\x04 \x01(\x04\"\xa7\x01\n\x0f\x45xplainResponse\x12\x12\n\nadmissible\x18\x01 \x01(\x08\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0f\n\x07summary\x18\x04 \x01(\t\x12)\n\x05nodes\x18\x05 \x03(\x0b\x32\x1a.grafos.v1.NodeExplanation\x12\x13\n\x0b\x65\x61rliest_ms\x18\x06 \x01(\x04\x12\x10\n\x08no_bound\x18\x07 \x01(\x08\"#\n\x0fGetLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\xb7\x01\n\x11ListLeasesRequest\x12\x1d\n\x04kind\x18\x01 \x01(\x0e\x32\x0f.grafos.v1.Kind\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12$\n\x05state\x18\x05 \x01(\x0e\x32\x15.grafos.v1.LeaseState\x12\x0e\n\x06prefix\x18\x06 \x01(\t\x12\r\n\x05limit\x18\x07 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x08 \x01(\t\"V\n\x12ListLeasesResponse\x12 \n\x06leases\x18\x01 \x03(\x0b\x32\x10.grafos.v1.Lease\x12\x0c\n\x04next\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x04\"=\n\x12WatchLeasesRequest\x12\x15\n\rfrom_revision\x18\x01 \x01(\x04\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"W\n\x13WatchLeasesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\r\n\x05\x65vent\x18\x02 \x01(\t\x12\x1f\n\x05lease\x18\x03 \x01(\x0b\x32\x10.grafos.v1.Lease\"X\n\rRevokeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tlease_ids\x18\x02 \x03(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08grace_ms\x18\x04 \x01(\r\"2\n\x0eRevokeResponse\x12 \n\x06leases\x18\x01 \x03(\x0b\x32\x10.grafos.v1.Lease2\xd7\x04\n\x10\x41\x64missionService\x12@\n\x07\x41\x63quire\x12\x19.grafos.v1.AcquireRequest\x1a\x1a.grafos.v1.AcquireResponse\x12>\n\x06\x41ttach\x12\x18.grafos.v1.AttachRequest\x1a\x1a.grafos.v1.AcquireResponse\x12:\n\x05Renew\x12\x17.grafos.v1.RenewRequest\x1a\x18.grafos.v1.RenewResponse\x12@\n\x07Release\x12\x19.grafos.v1.ReleaseRequest\x1a\x1a.grafos.v1.ReleaseResponse\x12@\n\x07\x45xplain\x12\x19.grafos.v1.AcquireRequest\x1a\x1a.grafos.v1.ExplainResponse\x12\x33\n\x03Get\x12\x1a.grafos.v1.GetLeaseRequest\x1a\x10.grafos.v1.Lease\x12\x43\n\x04List\x12\x1c.grafos.v1.ListLeasesRequest\x1a\x1d.grafos.v1.ListLeasesResponse\x12H\n\x05Watch\x12\x1d.grafos.v1.WatchLeasesRequest\x1a\x1e.grafos.v1.WatchLeasesResponse0\x01\x12=\n\x06Revoke\x12\x18.grafos.v1.RevokeRequest\x1a\x19.grafos.v1.RevokeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fgrafos_proto/v1/admission.proto\x12\tgrafos.v1\x1a\x1bgrafos_proto/v1/lease.proto\"\xa1\x02\n\x0e\x41\x63quireRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1d\n\x04kind\x18\x02 \x01(\x0e\x32\x0f.grafos.v1.Kind\x12\x0e\n\x06\x61mount\x18\x03 \x01(\x04\x12\x0e\n\x06ttl_ms\x18\x04 \x01(\x04\x12!\n\x06policy\x18\x05 \x01(\x0b\x32\x11.grafos.v1.Policy\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\x12\x10\n\x08has_wait\x18\x07 \x01(\x08\x12\x33\n\x05where\x18\x08 \x03(\x0b\x32$.grafos.v1.AcquireRequest.WhereEntry\x12\x13\n\x0blifetime_ms\x18\t \x01(\x04\x1a,\n\nWhereEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"u\n\x0f\x41\x63quireResponse\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.grafos.v1.Lease\x12\r\n\x05token\x18\x02 \x01(\t\x12\x15\n\rnode_endpoint\x18\x03 \x01(\t\x12\x1b\n\x13token_expires_in_ms\x18\x04 \x01(\x04\"5\n\rAttachRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"D\n\x0cRenewRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\x0e\n\x06ttl_ms\x18\x03 \x01(\x04\"?\n\rRenewResponse\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.grafos.v1.Lease\x12\r\n\x05token\x18\x02 \x01(\t\"6\n\x0eReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"2\n\x0fReleaseResponse\x12\x1f\n\x05lease\x18\x01 \x01(\x0b\x32\x10.grafos.v1.Lease\"3\n\x04Term\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05holds\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"g\n\x0fNodeExplanation\x12\x0f\n\x07node_id\x18\x01 \x01(\t\x12\x1e\n\x05terms\x18\x02 \x03(\x0b\x32\x0f.grafos.v1.Term\x12\x0f\n\x07held_by\x18\x03 \x03(\t\x12\x12\n\nfree_by_ms\x18\x04 \x01(\x04\"\xa7\x01\n\x0f\x45xplainResponse\x12\x12\n\nadmissible\x18\x01 \x01(\x08\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0c\n\x04\x63ode\x18\x03 \x01(\t\x12\x0f\n\x07summary\x18\x04 \x01(\t\x12)\n\x05nodes\x18\x05 \x03(\x0b\x32\x1a.grafos.v1.NodeExplanation\x12\x13\n\x0b\x65\x61rliest_ms\x18\x06 \x01(\x04\x12\x10\n\x08no_bound\x18\x07 \x01(\x08\"#\n\x0fGetLeaseRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\xb7\x01\n\x11ListLeasesRequest\x12\x1d\n\x04kind\x18\x01 \x01(\x0e\x32\x0f.grafos.v1.Kind\x12\x0f\n\x07node_id\x18\x02 \x01(\t\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12$\n\x05state\x18\x05 \x01(\x0e\x32\x15.grafos.v1.LeaseState\x12\x0e\n\x06prefix\x18\x06 \x01(\t\x12\r\n\x05limit\x18\x07 \x01(\r\x12\r\n\x05\x61\x66ter\x18\x08 \x01(\t\"V\n\x12ListLeasesResponse\x12 \n\x06leases\x18\x01 \x03(\x0b\x32\x10.grafos.v1.Lease\x12\x0c\n\x04next\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\x04\"=\n\x12WatchLeasesRequest\x12\x15\n\rfrom_revision\x18\x01 \x01(\x04\x12\x10\n\x08lease_id\x18\x02 \x01(\t\"W\n\x13WatchLeasesResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\r\n\x05\x65vent\x18\x02 \x01(\t\x12\x1f\n\x05lease\x18\x03 \x01(\x0b\x32\x10.grafos.v1.Lease\"X\n\rRevokeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tlease_ids\x18\x02 \x03(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08grace_ms\x18\x04 \x01(\r\"2\n\x0eRevokeResponse\x12 \n\x06leases\x18\x01 \x03(\x0b\x32\x10.grafos.v1.Lease2\xd7\x04\n\x10\x41\x64missionService\x12@\n\x07\x41\x63quire\x12\x19.grafos.v1.AcquireRequest\x1a\x1a.grafos.v1.AcquireResponse\x12>\n\x06\x41ttach\x12\x18.grafos.v1.AttachRequest\x1a\x1a.grafos.v1.AcquireResponse\x12:\n\x05Renew\x12\x17.grafos.v1.RenewRequest\x1a\x18.grafos.v1.RenewResponse\x12@\n\x07Release\x12\x19.grafos.v1.ReleaseRequest\x1a\x1a.grafos.v1.ReleaseResponse\x12@\n\x07\x45xplain\x12\x19.grafos.v1.AcquireRequest\x1a\x1a.grafos.v1.ExplainResponse\x12\x33\n\x03Get\x12\x1a.grafos.v1.GetLeaseRequest\x1a\x10.grafos.v1.Lease\x12\x43\n\x04List\x12\x1c.grafos.v1.ListLeasesRequest\x1a\x1d.grafos.v1.ListLeasesResponse\x12H\n\x05Watch\x12\x1d.grafos.v1.WatchLeasesRequest\x1a\x1e.grafos.v1.WatchLeasesResponse0\x01\x12=\n\x06Revoke\x12\x18.grafos.v1.RevokeRequest\x1a\x19.grafos.v1.RevokeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,42 +34,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ACQUIREREQUEST_WHEREENTRY']._loaded_options = None
   _globals['_ACQUIREREQUEST_WHEREENTRY']._serialized_options = b'8\001'
-  _globals['_ACQUIREREQUEST']._serialized_start=77
-  _globals['_ACQUIREREQUEST']._serialized_end=366
-  _globals['_ACQUIREREQUEST_WHEREENTRY']._serialized_start=322
-  _globals['_ACQUIREREQUEST_WHEREENTRY']._serialized_end=366
-  _globals['_ACQUIRERESPONSE']._serialized_start=368
-  _globals['_ACQUIRERESPONSE']._serialized_end=485
-  _globals['_ATTACHREQUEST']._serialized_start=487
-  _globals['_ATTACHREQUEST']._serialized_end=540
-  _globals['_RENEWREQUEST']._serialized_start=542
-  _globals['_RENEWREQUEST']._serialized_end=610
-  _globals['_RENEWRESPONSE']._serialized_start=612
-  _globals['_RENEWRESPONSE']._serialized_end=675
-  _globals['_RELEASEREQUEST']._serialized_start=677
-  _globals['_RELEASEREQUEST']._serialized_end=731
-  _globals['_RELEASERESPONSE']._serialized_start=733
-  _globals['_RELEASERESPONSE']._serialized_end=783
-  _globals['_TERM']._serialized_start=785
-  _globals['_TERM']._serialized_end=836
-  _globals['_NODEEXPLANATION']._serialized_start=838
-  _globals['_NODEEXPLANATION']._serialized_end=941
-  _globals['_EXPLAINRESPONSE']._serialized_start=944
-  _globals['_EXPLAINRESPONSE']._serialized_end=1111
-  _globals['_GETLEASEREQUEST']._serialized_start=1113
-  _globals['_GETLEASEREQUEST']._serialized_end=1148
-  _globals['_LISTLEASESREQUEST']._serialized_start=1151
-  _globals['_LISTLEASESREQUEST']._serialized_end=1334
-  _globals['_LISTLEASESRESPONSE']._serialized_start=1336
-  _globals['_LISTLEASESRESPONSE']._serialized_end=1422
-  _globals['_WATCHLEASESREQUEST']._serialized_start=1424
-  _globals['_WATCHLEASESREQUEST']._serialized_end=1485
-  _globals['_WATCHLEASESRESPONSE']._serialized_start=1487
-  _globals['_WATCHLEASESRESPONSE']._serialized_end=1574
-  _globals['_REVOKEREQUEST']._serialized_start=1576
-  _globals['_REVOKEREQUEST']._serialized_end=1664
-  _globals['_REVOKERESPONSE']._serialized_start=1666
-  _globals['_REVOKERESPONSE']._serialized_end=1716
-  _globals['_ADMISSIONSERVICE']._serialized_start=1719
-  _globals['_ADMISSIONSERVICE']._serialized_end=2318
+  _globals['_ACQUIREREQUEST']._serialized_start=76
+  _globals['_ACQUIREREQUEST']._serialized_end=365
+  _globals['_ACQUIREREQUEST_WHEREENTRY']._serialized_start=321
+  _globals['_ACQUIREREQUEST_WHEREENTRY']._serialized_end=365
+  _globals['_ACQUIRERESPONSE']._serialized_start=367
+  _globals['_ACQUIRERESPONSE']._serialized_end=484
+  _globals['_ATTACHREQUEST']._serialized_start=486
+  _globals['_ATTACHREQUEST']._serialized_end=539
+  _globals['_RENEWREQUEST']._serialized_start=541
+  _globals['_RENEWREQUEST']._serialized_end=609
+  _globals['_RENEWRESPONSE']._serialized_start=611
+  _globals['_RENEWRESPONSE']._serialized_end=674
+  _globals['_RELEASEREQUEST']._serialized_start=676
+  _globals['_RELEASEREQUEST']._serialized_end=730
+  _globals['_RELEASERESPONSE']._serialized_start=732
+  _globals['_RELEASERESPONSE']._serialized_end=782
+  _globals['_TERM']._serialized_start=784
+  _globals['_TERM']._serialized_end=835
+  _globals['_NODEEXPLANATION']._serialized_start=837
+  _globals['_NODEEXPLANATION']._serialized_end=940
+  _globals['_EXPLAINRESPONSE']._serialized_start=943
+  _globals['_EXPLAINRESPONSE']._serialized_end=1110
+  _globals['_GETLEASEREQUEST']._serialized_start=1112
+  _globals['_GETLEASEREQUEST']._serialized_end=1147
+  _globals['_LISTLEASESREQUEST']._serialized_start=1150
+  _globals['_LISTLEASESREQUEST']._serialized_end=1333
+  _globals['_LISTLEASESRESPONSE']._serialized_start=1335
+  _globals['_LISTLEASESRESPONSE']._serialized_end=1421
+  _globals['_WATCHLEASESREQUEST']._serialized_start=1423
+  _globals['_WATCHLEASESREQUEST']._serialized_end=1484
+  _globals['_WATCHLEASESRESPONSE']._serialized_start=1486
+  _globals['_WATCHLEASESRESPONSE']._serialized_end=1573
+  _globals['_REVOKEREQUEST']._serialized_start=1575
+  _globals['_REVOKEREQUEST']._serialized_end=1663
+  _globals['_REVOKERESPONSE']._serialized_start=1665
+  _globals['_REVOKERESPONSE']._serialized_end=1715
+  _globals['_ADMISSIONSERVICE']._serialized_start=1718
+  _globals['_ADMISSIONSERVICE']._serialized_end=2317
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from grafos_proto.v1 import common_pb2 as _common_pb2
+from grafos_proto.v1 import lease_pb2 as _lease_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -54,7 +54,7 @@ class AcquireRequest(_message.Message):
     LIFETIME_MS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """retries carry the same one"""
-    kind: _common_pb2.Kind.ValueType
+    kind: _lease_pb2.Kind.ValueType
     amount: _builtins.int
     """minimum, in the kind's unit; rounded up to its granule"""
     ttl_ms: _builtins.int
@@ -66,7 +66,7 @@ class AcquireRequest(_message.Message):
     lifetime_ms: _builtins.int
     """0: the class's own maximum"""
     @_builtins.property
-    def policy(self) -> _common_pb2.Policy: ...
+    def policy(self) -> _lease_pb2.Policy: ...
     @_builtins.property
     def where(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """labels a node must have; "node" is its id"""
@@ -75,10 +75,10 @@ class AcquireRequest(_message.Message):
         self,
         *,
         request_id: _builtins.str = ...,
-        kind: _common_pb2.Kind.ValueType = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
         amount: _builtins.int = ...,
         ttl_ms: _builtins.int = ...,
-        policy: _common_pb2.Policy | None = ...,
+        policy: _lease_pb2.Policy | None = ...,
         wait_ms: _builtins.int = ...,
         has_wait: _builtins.bool = ...,
         where: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
@@ -105,11 +105,11 @@ class AcquireResponse(_message.Message):
     node_endpoint: _builtins.str
     token_expires_in_ms: _builtins.int
     @_builtins.property
-    def lease(self) -> _common_pb2.Lease: ...
+    def lease(self) -> _lease_pb2.Lease: ...
     def __init__(
         self,
         *,
-        lease: _common_pb2.Lease | None = ...,
+        lease: _lease_pb2.Lease | None = ...,
         token: _builtins.str = ...,
         node_endpoint: _builtins.str = ...,
         token_expires_in_ms: _builtins.int = ...,
@@ -179,11 +179,11 @@ class RenewResponse(_message.Message):
     token: _builtins.str
     """for Extend at the node"""
     @_builtins.property
-    def lease(self) -> _common_pb2.Lease: ...
+    def lease(self) -> _lease_pb2.Lease: ...
     def __init__(
         self,
         *,
-        lease: _common_pb2.Lease | None = ...,
+        lease: _lease_pb2.Lease | None = ...,
         token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
@@ -222,11 +222,11 @@ class ReleaseResponse(_message.Message):
 
     LEASE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def lease(self) -> _common_pb2.Lease: ...
+    def lease(self) -> _lease_pb2.Lease: ...
     def __init__(
         self,
         *,
-        lease: _common_pb2.Lease | None = ...,
+        lease: _lease_pb2.Lease | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -370,12 +370,12 @@ class ListLeasesRequest(_message.Message):
     PREFIX_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
-    kind: _common_pb2.Kind.ValueType
+    kind: _lease_pb2.Kind.ValueType
     """unspecified: all"""
     node_id: _builtins.str
     holder: _builtins.str
     tenant: _builtins.str
-    state: _common_pb2.LeaseState.ValueType
+    state: _lease_pb2.LeaseState.ValueType
     prefix: _builtins.str
     """of the lease id"""
     limit: _builtins.int
@@ -385,11 +385,11 @@ class ListLeasesRequest(_message.Message):
     def __init__(
         self,
         *,
-        kind: _common_pb2.Kind.ValueType = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
         node_id: _builtins.str = ...,
         holder: _builtins.str = ...,
         tenant: _builtins.str = ...,
-        state: _common_pb2.LeaseState.ValueType = ...,
+        state: _lease_pb2.LeaseState.ValueType = ...,
         prefix: _builtins.str = ...,
         limit: _builtins.int = ...,
         after: _builtins.str = ...,
@@ -413,11 +413,11 @@ class ListLeasesResponse(_message.Message):
     """empty: no more"""
     revision: _builtins.int
     @_builtins.property
-    def leases(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Lease]: ...
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.Lease]: ...
     def __init__(
         self,
         *,
-        leases: _abc.Iterable[_common_pb2.Lease] | None = ...,
+        leases: _abc.Iterable[_lease_pb2.Lease] | None = ...,
         next: _builtins.str = ...,
         revision: _builtins.int = ...,
     ) -> None: ...
@@ -464,13 +464,13 @@ class WatchLeasesResponse(_message.Message):
     event: _builtins.str
     """e.g. "lease.renewed"; "progress" carries only the revision"""
     @_builtins.property
-    def lease(self) -> _common_pb2.Lease: ...
+    def lease(self) -> _lease_pb2.Lease: ...
     def __init__(
         self,
         *,
         revision: _builtins.int = ...,
         event: _builtins.str = ...,
-        lease: _common_pb2.Lease | None = ...,
+        lease: _lease_pb2.Lease | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -519,11 +519,11 @@ class RevokeResponse(_message.Message):
 
     LEASES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def leases(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Lease]: ...
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.Lease]: ...
     def __init__(
         self,
         *,
-        leases: _abc.Iterable[_common_pb2.Lease] | None = ...,
+        leases: _abc.Iterable[_lease_pb2.Lease] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...

@@ -4,7 +4,7 @@ import grpc
 import warnings
 
 from grafos_proto.v1 import admission_pb2 as grafos__proto_dot_v1_dot_admission__pb2
-from grafos_proto.v1 import common_pb2 as grafos__proto_dot_v1_dot_common__pb2
+from grafos_proto.v1 import lease_pb2 as grafos__proto_dot_v1_dot_lease__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -63,7 +63,7 @@ class AdmissionServiceStub:
         self.Get = channel.unary_unary(
                 '/grafos.v1.AdmissionService/Get',
                 request_serializer=grafos__proto_dot_v1_dot_admission__pb2.GetLeaseRequest.SerializeToString,
-                response_deserializer=grafos__proto_dot_v1_dot_common__pb2.Lease.FromString,
+                response_deserializer=grafos__proto_dot_v1_dot_lease__pb2.Lease.FromString,
                 _registered_method=True)
         self.List = channel.unary_unary(
                 '/grafos.v1.AdmissionService/List',
@@ -177,7 +177,7 @@ def add_AdmissionServiceServicer_to_server(servicer, server):
             'Get': grpc.unary_unary_rpc_method_handler(
                     servicer.Get,
                     request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.GetLeaseRequest.FromString,
-                    response_serializer=grafos__proto_dot_v1_dot_common__pb2.Lease.SerializeToString,
+                    response_serializer=grafos__proto_dot_v1_dot_lease__pb2.Lease.SerializeToString,
             ),
             'List': grpc.unary_unary_rpc_method_handler(
                     servicer.List,
@@ -356,7 +356,7 @@ class AdmissionService:
             target,
             '/grafos.v1.AdmissionService/Get',
             grafos__proto_dot_v1_dot_admission__pb2.GetLeaseRequest.SerializeToString,
-            grafos__proto_dot_v1_dot_common__pb2.Lease.FromString,
+            grafos__proto_dot_v1_dot_lease__pb2.Lease.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,7 +5,7 @@ Admission decides who gets what, and mints the tokens with which nodes are bound
 
 from collections import abc as _abc
 from grafos_proto.v1 import admission_pb2 as _admission_pb2
-from grafos_proto.v1 import common_pb2 as _common_pb2
+from grafos_proto.v1 import lease_pb2 as _lease_pb2
 from grpc import aio as _aio
 import abc as _abc_1
 import grpc as _grpc
@@ -42,7 +42,7 @@ class AdmissionServiceStub:
     """For a lease that is not bound, or whose node cannot be reached. Idempotent."""
     Explain: _grpc.UnaryUnaryMultiCallable[_admission_pb2.AcquireRequest, _admission_pb2.ExplainResponse]
     """What Acquire would answer now, and why, node by node."""
-    Get: _grpc.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _common_pb2.Lease]
+    Get: _grpc.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _lease_pb2.Lease]
     List: _grpc.UnaryUnaryMultiCallable[_admission_pb2.ListLeasesRequest, _admission_pb2.ListLeasesResponse]
     Watch: _grpc.UnaryStreamMultiCallable[_admission_pb2.WatchLeasesRequest, _admission_pb2.WatchLeasesResponse]
     """The caller's own leases (an operator: all), from a revision on."""
@@ -62,7 +62,7 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     """For a lease that is not bound, or whose node cannot be reached. Idempotent."""
     Explain: _aio.UnaryUnaryMultiCallable[_admission_pb2.AcquireRequest, _admission_pb2.ExplainResponse]  # type: ignore[assignment]
     """What Acquire would answer now, and why, node by node."""
-    Get: _aio.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _common_pb2.Lease]  # type: ignore[assignment]
+    Get: _aio.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _lease_pb2.Lease]  # type: ignore[assignment]
     List: _aio.UnaryUnaryMultiCallable[_admission_pb2.ListLeasesRequest, _admission_pb2.ListLeasesResponse]  # type: ignore[assignment]
     Watch: _aio.UnaryStreamMultiCallable[_admission_pb2.WatchLeasesRequest, _admission_pb2.WatchLeasesResponse]  # type: ignore[assignment]
     """The caller's own leases (an operator: all), from a revision on."""
@@ -115,7 +115,7 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _admission_pb2.GetLeaseRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_common_pb2.Lease, _abc.Awaitable[_common_pb2.Lease]]: ...
+    ) -> _typing.Union[_lease_pb2.Lease, _abc.Awaitable[_lease_pb2.Lease]]: ...
 
     @_abc_1.abstractmethod
     def List(

@@ -7,7 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from grafos_proto.v1 import common_pb2 as _common_pb2
+from grafos_proto.v1 import lease_pb2 as _lease_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -43,7 +43,7 @@ class Grant(_message.Message):
     tenant: _builtins.str
     holder: _builtins.str
     holder_key: _builtins.str
-    kind: _common_pb2.Kind.ValueType
+    kind: _lease_pb2.Kind.ValueType
     node_id: _builtins.str
     incarnation: _builtins.str
     """precondition"""
@@ -56,7 +56,7 @@ class Grant(_message.Message):
     decision: _builtins.str
     """admission's words, for the record; at most 256 characters"""
     @_builtins.property
-    def policy(self) -> _common_pb2.Policy: ...
+    def policy(self) -> _lease_pb2.Policy: ...
     def __init__(
         self,
         *,
@@ -65,14 +65,14 @@ class Grant(_message.Message):
         tenant: _builtins.str = ...,
         holder: _builtins.str = ...,
         holder_key: _builtins.str = ...,
-        kind: _common_pb2.Kind.ValueType = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
         node_id: _builtins.str = ...,
         incarnation: _builtins.str = ...,
         amount: _builtins.int = ...,
         ttl_ms: _builtins.int = ...,
         lifetime_ms: _builtins.int = ...,
         bind_within_ms: _builtins.int = ...,
-        policy: _common_pb2.Policy | None = ...,
+        policy: _lease_pb2.Policy | None = ...,
         decision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
@@ -199,7 +199,7 @@ class SetQuota(_message.Message):
     AMOUNT_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
-    kind: _common_pb2.Kind.ValueType
+    kind: _lease_pb2.Kind.ValueType
     amount: _builtins.int
     """2^63-1: unlimited"""
     count: _builtins.int
@@ -207,7 +207,7 @@ class SetQuota(_message.Message):
         self,
         *,
         tenant: _builtins.str = ...,
-        kind: _common_pb2.Kind.ValueType = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
         amount: _builtins.int = ...,
         count: _builtins.int = ...,
     ) -> None: ...
@@ -260,7 +260,7 @@ class Refusal(_message.Message):
     request_id: _builtins.str
     tenant: _builtins.str
     holder: _builtins.str
-    kind: _common_pb2.Kind.ValueType
+    kind: _lease_pb2.Kind.ValueType
     amount: _builtins.int
     code: _builtins.str
     def __init__(
@@ -269,7 +269,7 @@ class Refusal(_message.Message):
         request_id: _builtins.str = ...,
         tenant: _builtins.str = ...,
         holder: _builtins.str = ...,
-        kind: _common_pb2.Kind.ValueType = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
         amount: _builtins.int = ...,
         code: _builtins.str = ...,
     ) -> None: ...
@@ -287,11 +287,11 @@ class PublishKey(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def key(self) -> _common_pb2.VerificationKey: ...
+    def key(self) -> _lease_pb2.VerificationKey: ...
     def __init__(
         self,
         *,
-        key: _common_pb2.VerificationKey | None = ...,
+        key: _lease_pb2.VerificationKey | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -380,18 +380,18 @@ class Outcome(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def lease(self) -> _common_pb2.Lease:
+    def lease(self) -> _lease_pb2.Lease:
         """where the command concerns one"""
 
     @_builtins.property
-    def failure(self) -> _common_pb2.FailureDetail:
+    def failure(self) -> _lease_pb2.FailureDetail:
         """set: refused, nothing changed"""
 
     def __init__(
         self,
         *,
-        lease: _common_pb2.Lease | None = ...,
-        failure: _common_pb2.FailureDetail | None = ...,
+        lease: _lease_pb2.Lease | None = ...,
+        failure: _lease_pb2.FailureDetail | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -666,13 +666,13 @@ class Offer(_message.Message):
 
     KIND_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
-    kind: _common_pb2.Kind.ValueType
+    kind: _lease_pb2.Kind.ValueType
     total: _builtins.int
     """in the kind's unit"""
     def __init__(
         self,
         *,
-        kind: _common_pb2.Kind.ValueType = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
         total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -691,12 +691,12 @@ class HighWater(_message.Message):
 
     KIND_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
-    kind: _common_pb2.Kind.ValueType
+    kind: _lease_pb2.Kind.ValueType
     epoch: _builtins.int
     def __init__(
         self,
         *,
-        kind: _common_pb2.Kind.ValueType = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
         epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -758,7 +758,7 @@ class RegisterRequest(_message.Message):
     audit_number: _builtins.int
     has_live: _builtins.bool
     @_builtins.property
-    def version(self) -> _common_pb2.Version: ...
+    def version(self) -> _lease_pb2.Version: ...
     @_builtins.property
     def offers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Offer]: ...
     @_builtins.property
@@ -768,26 +768,26 @@ class RegisterRequest(_message.Message):
         """on the first registration of a boot, and when asked"""
 
     @_builtins.property
-    def readiness(self) -> _common_pb2.Readiness: ...
+    def readiness(self) -> _lease_pb2.Readiness: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
-    def receipt_key(self) -> _common_pb2.VerificationKey: ...
+    def receipt_key(self) -> _lease_pb2.VerificationKey: ...
     def __init__(
         self,
         *,
-        version: _common_pb2.Version | None = ...,
+        version: _lease_pb2.Version | None = ...,
         node_id: _builtins.str = ...,
         incarnation: _builtins.str = ...,
         boot_epoch: _builtins.int = ...,
         offers: _abc.Iterable[Global___Offer] | None = ...,
         high_waters: _abc.Iterable[Global___HighWater] | None = ...,
         live: _abc.Iterable[Global___Bound] | None = ...,
-        readiness: _common_pb2.Readiness | None = ...,
+        readiness: _lease_pb2.Readiness | None = ...,
         front_endpoint: _builtins.str = ...,
         control_endpoint: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        receipt_key: _common_pb2.VerificationKey | None = ...,
+        receipt_key: _lease_pb2.VerificationKey | None = ...,
         revocation_number: _builtins.int = ...,
         audit_head: _builtins.bytes = ...,
         audit_number: _builtins.int = ...,
@@ -821,7 +821,7 @@ class Obligation(_message.Message):
     clear_order: _builtins.str
     """grafos-clear+jwt"""
     @_builtins.property
-    def lease(self) -> _common_pb2.Lease: ...
+    def lease(self) -> _lease_pb2.Lease: ...
     def __init__(
         self,
         *,
@@ -830,7 +830,7 @@ class Obligation(_message.Message):
         action: _builtins.str = ...,
         grace_ms: _builtins.int = ...,
         clear_order: _builtins.str = ...,
-        lease: _common_pb2.Lease | None = ...,
+        lease: _lease_pb2.Lease | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -860,22 +860,22 @@ class RegisterResponse(_message.Message):
     send_live: _builtins.bool
     """the ledger wants `live` with the next renewal"""
     @_builtins.property
-    def version(self) -> _common_pb2.Version: ...
+    def version(self) -> _lease_pb2.Version: ...
     @_builtins.property
     def obligations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Obligation]:
         """at most 256"""
 
     @_builtins.property
-    def keys(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.VerificationKey]: ...
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.VerificationKey]: ...
     def __init__(
         self,
         *,
-        version: _common_pb2.Version | None = ...,
+        version: _lease_pb2.Version | None = ...,
         ttl_ms: _builtins.int = ...,
         now_ms: _builtins.int = ...,
         revision: _builtins.int = ...,
         obligations: _abc.Iterable[Global___Obligation] | None = ...,
-        keys: _abc.Iterable[_common_pb2.VerificationKey] | None = ...,
+        keys: _abc.Iterable[_lease_pb2.VerificationKey] | None = ...,
         revocation_number: _builtins.int = ...,
         send_live: _builtins.bool = ...,
     ) -> None: ...
@@ -929,17 +929,17 @@ class Event(_message.Message):
     """canonical audit record, as it was sealed"""
     kind: _builtins.str
     @_builtins.property
-    def lease(self) -> _common_pb2.Lease: ...
+    def lease(self) -> _lease_pb2.Lease: ...
     @_builtins.property
-    def node(self) -> _common_pb2.Node: ...
+    def node(self) -> _lease_pb2.Node: ...
     def __init__(
         self,
         *,
         revision: _builtins.int = ...,
         record: _builtins.bytes = ...,
         kind: _builtins.str = ...,
-        lease: _common_pb2.Lease | None = ...,
-        node: _common_pb2.Node | None = ...,
+        lease: _lease_pb2.Lease | None = ...,
+        node: _lease_pb2.Node | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "node", b"node"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1003,7 +1003,7 @@ class Quota(_message.Message):
     USED_AMOUNT_FIELD_NUMBER: _builtins.int
     USED_COUNT_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
-    kind: _common_pb2.Kind.ValueType
+    kind: _lease_pb2.Kind.ValueType
     amount: _builtins.int
     count: _builtins.int
     used_amount: _builtins.int
@@ -1012,7 +1012,7 @@ class Quota(_message.Message):
         self,
         *,
         tenant: _builtins.str = ...,
-        kind: _common_pb2.Kind.ValueType = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
         amount: _builtins.int = ...,
         count: _builtins.int = ...,
         used_amount: _builtins.int = ...,
@@ -1040,18 +1040,18 @@ class SnapshotResponse(_message.Message):
     now_ms: _builtins.int
     head: _builtins.bytes
     @_builtins.property
-    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Node]: ...
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.Node]: ...
     @_builtins.property
     def quotas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Quota]: ...
     @_builtins.property
-    def keys(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.VerificationKey]: ...
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.VerificationKey]: ...
     def __init__(
         self,
         *,
         revision: _builtins.int = ...,
-        nodes: _abc.Iterable[_common_pb2.Node] | None = ...,
+        nodes: _abc.Iterable[_lease_pb2.Node] | None = ...,
         quotas: _abc.Iterable[Global___Quota] | None = ...,
-        keys: _abc.Iterable[_common_pb2.VerificationKey] | None = ...,
+        keys: _abc.Iterable[_lease_pb2.VerificationKey] | None = ...,
         now_ms: _builtins.int = ...,
         head: _builtins.bytes = ...,
     ) -> None: ...

@@ -5,7 +5,7 @@ The ledger remembers. One writer; whatever it answers is on stable storage."""
 
 from collections import abc as _abc
 from grafos_proto.v1 import admission_pb2 as _admission_pb2
-from grafos_proto.v1 import common_pb2 as _common_pb2
+from grafos_proto.v1 import lease_pb2 as _lease_pb2
 from grafos_proto.v1 import ledger_pb2 as _ledger_pb2
 from grpc import aio as _aio
 import abc as _abc_1
@@ -44,7 +44,7 @@ class LedgerServiceStub:
     Register: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.RegisterRequest, _ledger_pb2.RegisterResponse]
     """A node's place in the fabric, by lease: ttl 3 s, renewed each second."""
     Watch: _grpc.UnaryStreamMultiCallable[_ledger_pb2.WatchRequest, _ledger_pb2.WatchResponse]
-    Get: _grpc.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _common_pb2.Lease]
+    Get: _grpc.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _lease_pb2.Lease]
     List: _grpc.UnaryUnaryMultiCallable[_admission_pb2.ListLeasesRequest, _admission_pb2.ListLeasesResponse]
     Snapshot: _grpc.UnaryUnaryMultiCallable[_ledger_pb2.SnapshotRequest, _ledger_pb2.SnapshotResponse]
     """Nodes, quotas and verification keys, as of one revision."""
@@ -63,7 +63,7 @@ class LedgerServiceAsyncStub(LedgerServiceStub):
     Register: _aio.UnaryUnaryMultiCallable[_ledger_pb2.RegisterRequest, _ledger_pb2.RegisterResponse]  # type: ignore[assignment]
     """A node's place in the fabric, by lease: ttl 3 s, renewed each second."""
     Watch: _aio.UnaryStreamMultiCallable[_ledger_pb2.WatchRequest, _ledger_pb2.WatchResponse]  # type: ignore[assignment]
-    Get: _aio.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _common_pb2.Lease]  # type: ignore[assignment]
+    Get: _aio.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _lease_pb2.Lease]  # type: ignore[assignment]
     List: _aio.UnaryUnaryMultiCallable[_admission_pb2.ListLeasesRequest, _admission_pb2.ListLeasesResponse]  # type: ignore[assignment]
     Snapshot: _aio.UnaryUnaryMultiCallable[_ledger_pb2.SnapshotRequest, _ledger_pb2.SnapshotResponse]  # type: ignore[assignment]
     """Nodes, quotas and verification keys, as of one revision."""
@@ -127,7 +127,7 @@ class LedgerServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _admission_pb2.GetLeaseRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_common_pb2.Lease, _abc.Awaitable[_common_pb2.Lease]]: ...
+    ) -> _typing.Union[_lease_pb2.Lease, _abc.Awaitable[_lease_pb2.Lease]]: ...
 
     @_abc_1.abstractmethod
     def List(

@@ -22,10 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from grafos_proto.v1 import common_pb2 as grafos__proto_dot_v1_dot_common__pb2
+from grafos_proto.v1 import lease_pb2 as grafos__proto_dot_v1_dot_lease__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1agrafos_proto/v1/node.proto\x12\tgrafos.v1\x1a\x1cgrafos_proto/v1/common.proto\"-\n\x0b\x42indRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\"\xd9\x01\n\x0c\x42indResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x14\n\x0cremaining_ms\x18\x04 \x01(\x04\x12\x15\n\rhandover_path\x18\x05 \x01(\t\x12\x17\n\x0fhandover_secret\x18\x06 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x08 \x01(\r\x12\x12\n\ndescriptor\x18\t \x01(\x08\x12\x11\n\tdirect_io\x18\n \x01(\t\"/\n\rExtendRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\":\n\x0e\x45xtendResponse\x12\x14\n\x0cremaining_ms\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"a\n\x12NodeReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x16\n\x0e\x63redit_wait_ms\x18\x04 \x01(\r\"8\n\x13NodeReleaseResponse\x12\x0f\n\x07receipt\x18\x01 \x01(\t\x12\x10\n\x08\x63redited\x18\x02 \x01(\x08\"0\n\rDetachRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"&\n\x0e\x44\x65tachResponse\x12\x14\n\x0cremaining_ms\x18\x01 \x01(\x04\"N\n\x0bReadRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"T\n\x0cReadResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x14\n\x0cremaining_ms\x18\x04 \x01(\x04\"\x94\x01\n\x0cWriteRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\r\x12\x14\n\x0chas_checksum\x18\x07 \x01(\x08\x12\r\n\x05\x66lush\x18\x08 \x01(\x08\"6\n\rWriteResponse\x12\x0f\n\x07written\x18\x01 \x01(\x04\x12\x14\n\x0cremaining_ms\x18\x02 \x01(\x04\"!\n\x0eNoticesRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"u\n\x06Notice\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08grace_ms\x18\x04 \x01(\x04\x12)\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x18.grafos.v1.FailureDetail\"S\n\x0fNodeBurnRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1f\n\x05lease\x18\x03 \x01(\x0b\x32\x10.grafos.v1.Lease\"e\n\x11NodeRevokeRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08grace_ms\x18\x03 \x01(\r\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"!\n\x10NodeClearRequest\x12\r\n\x05order\x18\x01 \x01(\t\"4\n\x12NodeActionResponse\x12\x0f\n\x07receipt\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\t\" \n\x0cProbeRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x89\x01\n\rProbeResponse\x12\r\n\x05\x63lean\x18\x01 \x01(\x08\x12\x38\n\x08\x65vidence\x18\x02 \x03(\x0b\x32&.grafos.v1.ProbeResponse.EvidenceEntry\x1a/\n\rEvidenceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x17\n\x15ListNodeLeasesRequest\"\xb9\x02\n\tNodeLease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x1d\n\x04kind\x18\x02 \x01(\x0e\x32\x0f.grafos.v1.Kind\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0e\n\x06\x61mount\x18\x05 \x01(\x04\x12\x15\n\rextent_offset\x18\x06 \x01(\x04\x12\x14\n\x0cremaining_ms\x18\x07 \x01(\x04\x12\r\n\x05stage\x18\x08 \x01(\t\x12\x13\n\x0b\x66\x65nce_cause\x18\t \x01(\t\x12\x10\n\x08\x65xported\x18\n \x01(\x08\x12\x34\n\x08\x65vidence\x18\x0b \x03(\x0b\x32\".grafos.v1.NodeLease.EvidenceEntry\x1a/\n\rEvidenceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\">\n\x16ListNodeLeasesResponse\x12$\n\x06leases\x18\x01 \x03(\x0b\x32\x14.grafos.v1.NodeLease2\xfe\x04\n\x0bNodeService\x12\x37\n\x04\x42ind\x12\x16.grafos.v1.BindRequest\x1a\x17.grafos.v1.BindResponse\x12\x39\n\x06\x41ttach\x12\x16.grafos.v1.BindRequest\x1a\x17.grafos.v1.BindResponse\x12=\n\x06\x45xtend\x12\x18.grafos.v1.ExtendRequest\x1a\x19.grafos.v1.ExtendResponse\x12H\n\x07Release\x12\x1d.grafos.v1.NodeReleaseRequest\x1a\x1e.grafos.v1.NodeReleaseResponse\x12=\n\x06\x44\x65tach\x12\x18.grafos.v1.DetachRequest\x1a\x19.grafos.v1.DetachResponse\x12\x37\n\x04Read\x12\x16.grafos.v1.ReadRequest\x1a\x17.grafos.v1.ReadResponse\x12:\n\x05Write\x12\x17.grafos.v1.WriteRequest\x1a\x18.grafos.v1.WriteResponse\x12?\n\nReadStream\x12\x16.grafos.v1.ReadRequest\x1a\x17.grafos.v1.ReadResponse0\x01\x12\x42\n\x0bWriteStream\x12\x17.grafos.v1.WriteRequest\x1a\x18.grafos.v1.WriteResponse(\x01\x12\x39\n\x07Notices\x12\x19.grafos.v1.NoticesRequest\x1a\x11.grafos.v1.Notice0\x01\x32\xeb\x02\n\x0bNodeControl\x12\x41\n\x04\x42urn\x12\x1a.grafos.v1.NodeBurnRequest\x1a\x1d.grafos.v1.NodeActionResponse\x12\x45\n\x06Revoke\x12\x1c.grafos.v1.NodeRevokeRequest\x1a\x1d.grafos.v1.NodeActionResponse\x12\x43\n\x05\x43lear\x12\x1b.grafos.v1.NodeClearRequest\x1a\x1d.grafos.v1.NodeActionResponse\x12:\n\x05Probe\x12\x17.grafos.v1.ProbeRequest\x1a\x18.grafos.v1.ProbeResponse\x12Q\n\nListLeases\x12 .grafos.v1.ListNodeLeasesRequest\x1a!.grafos.v1.ListNodeLeasesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1agrafos_proto/v1/node.proto\x12\tgrafos.v1\x1a\x1bgrafos_proto/v1/lease.proto\"-\n\x0b\x42indRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\"\xd9\x01\n\x0c\x42indResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x14\n\x0cremaining_ms\x18\x04 \x01(\x04\x12\x15\n\rhandover_path\x18\x05 \x01(\t\x12\x17\n\x0fhandover_secret\x18\x06 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x62lock_bytes\x18\x08 \x01(\r\x12\x12\n\ndescriptor\x18\t \x01(\x08\x12\x11\n\tdirect_io\x18\n \x01(\t\"/\n\rExtendRequest\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\t\":\n\x0e\x45xtendResponse\x12\x14\n\x0cremaining_ms\x18\x01 \x01(\x04\x12\x12\n\ngeneration\x18\x02 \x01(\x04\"a\n\x12NodeReleaseRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x16\n\x0e\x63redit_wait_ms\x18\x04 \x01(\r\"8\n\x13NodeReleaseResponse\x12\x0f\n\x07receipt\x18\x01 \x01(\t\x12\x10\n\x08\x63redited\x18\x02 \x01(\x08\"0\n\rDetachRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"&\n\x0e\x44\x65tachResponse\x12\x14\n\x0cremaining_ms\x18\x01 \x01(\x04\"N\n\x0bReadRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"T\n\x0cReadResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x10\n\x08\x63hecksum\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x14\n\x0cremaining_ms\x18\x04 \x01(\x04\"\x94\x01\n\x0cWriteRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x0e\n\x06length\x18\x05 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x06 \x01(\r\x12\x14\n\x0chas_checksum\x18\x07 \x01(\x08\x12\r\n\x05\x66lush\x18\x08 \x01(\x08\"6\n\rWriteResponse\x12\x0f\n\x07written\x18\x01 \x01(\x04\x12\x14\n\x0cremaining_ms\x18\x02 \x01(\x04\"!\n\x0eNoticesRequest\x12\x0f\n\x07session\x18\x01 \x01(\t\"u\n\x06Notice\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x10\n\x08grace_ms\x18\x04 \x01(\x04\x12)\n\x07\x66\x61ilure\x18\x05 \x01(\x0b\x32\x18.grafos.v1.FailureDetail\"S\n\x0fNodeBurnRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x1f\n\x05lease\x18\x03 \x01(\x0b\x32\x10.grafos.v1.Lease\"e\n\x11NodeRevokeRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08grace_ms\x18\x03 \x01(\r\x12\r\n\x05\x63\x61use\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\"!\n\x10NodeClearRequest\x12\r\n\x05order\x18\x01 \x01(\t\"4\n\x12NodeActionResponse\x12\x0f\n\x07receipt\x18\x01 \x01(\t\x12\r\n\x05stage\x18\x02 \x01(\t\" \n\x0cProbeRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\"\x89\x01\n\rProbeResponse\x12\r\n\x05\x63lean\x18\x01 \x01(\x08\x12\x38\n\x08\x65vidence\x18\x02 \x03(\x0b\x32&.grafos.v1.ProbeResponse.EvidenceEntry\x1a/\n\rEvidenceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x17\n\x15ListNodeLeasesRequest\"\xb9\x02\n\tNodeLease\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x1d\n\x04kind\x18\x02 \x01(\x0e\x32\x0f.grafos.v1.Kind\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x04 \x01(\x04\x12\x0e\n\x06\x61mount\x18\x05 \x01(\x04\x12\x15\n\rextent_offset\x18\x06 \x01(\x04\x12\x14\n\x0cremaining_ms\x18\x07 \x01(\x04\x12\r\n\x05stage\x18\x08 \x01(\t\x12\x13\n\x0b\x66\x65nce_cause\x18\t \x01(\t\x12\x10\n\x08\x65xported\x18\n \x01(\x08\x12\x34\n\x08\x65vidence\x18\x0b \x03(\x0b\x32\".grafos.v1.NodeLease.EvidenceEntry\x1a/\n\rEvidenceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\">\n\x16ListNodeLeasesResponse\x12$\n\x06leases\x18\x01 \x03(\x0b\x32\x14.grafos.v1.NodeLease2\xfe\x04\n\x0bNodeService\x12\x37\n\x04\x42ind\x12\x16.grafos.v1.BindRequest\x1a\x17.grafos.v1.BindResponse\x12\x39\n\x06\x41ttach\x12\x16.grafos.v1.BindRequest\x1a\x17.grafos.v1.BindResponse\x12=\n\x06\x45xtend\x12\x18.grafos.v1.ExtendRequest\x1a\x19.grafos.v1.ExtendResponse\x12H\n\x07Release\x12\x1d.grafos.v1.NodeReleaseRequest\x1a\x1e.grafos.v1.NodeReleaseResponse\x12=\n\x06\x44\x65tach\x12\x18.grafos.v1.DetachRequest\x1a\x19.grafos.v1.DetachResponse\x12\x37\n\x04Read\x12\x16.grafos.v1.ReadRequest\x1a\x17.grafos.v1.ReadResponse\x12:\n\x05Write\x12\x17.grafos.v1.WriteRequest\x1a\x18.grafos.v1.WriteResponse\x12?\n\nReadStream\x12\x16.grafos.v1.ReadRequest\x1a\x17.grafos.v1.ReadResponse0\x01\x12\x42\n\x0bWriteStream\x12\x17.grafos.v1.WriteRequest\x1a\x18.grafos.v1.WriteResponse(\x01\x12\x39\n\x07Notices\x12\x19.grafos.v1.NoticesRequest\x1a\x11.grafos.v1.Notice0\x01\x32\xeb\x02\n\x0bNodeControl\x12\x41\n\x04\x42urn\x12\x1a.grafos.v1.NodeBurnRequest\x1a\x1d.grafos.v1.NodeActionResponse\x12\x45\n\x06Revoke\x12\x1c.grafos.v1.NodeRevokeRequest\x1a\x1d.grafos.v1.NodeActionResponse\x12\x43\n\x05\x43lear\x12\x1b.grafos.v1.NodeClearRequest\x1a\x1d.grafos.v1.NodeActionResponse\x12:\n\x05Probe\x12\x17.grafos.v1.ProbeRequest\x1a\x18.grafos.v1.ProbeResponse\x12Q\n\nListLeases\x12 .grafos.v1.ListNodeLeasesRequest\x1a!.grafos.v1.ListNodeLeasesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,58 +36,58 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROBERESPONSE_EVIDENCEENTRY']._serialized_options = b'8\001'
   _globals['_NODELEASE_EVIDENCEENTRY']._loaded_options = None
   _globals['_NODELEASE_EVIDENCEENTRY']._serialized_options = b'8\001'
-  _globals['_BINDREQUEST']._serialized_start=71
-  _globals['_BINDREQUEST']._serialized_end=116
-  _globals['_BINDRESPONSE']._serialized_start=119
-  _globals['_BINDRESPONSE']._serialized_end=336
-  _globals['_EXTENDREQUEST']._serialized_start=338
-  _globals['_EXTENDREQUEST']._serialized_end=385
-  _globals['_EXTENDRESPONSE']._serialized_start=387
-  _globals['_EXTENDRESPONSE']._serialized_end=445
-  _globals['_NODERELEASEREQUEST']._serialized_start=447
-  _globals['_NODERELEASEREQUEST']._serialized_end=544
-  _globals['_NODERELEASERESPONSE']._serialized_start=546
-  _globals['_NODERELEASERESPONSE']._serialized_end=602
-  _globals['_DETACHREQUEST']._serialized_start=604
-  _globals['_DETACHREQUEST']._serialized_end=652
-  _globals['_DETACHRESPONSE']._serialized_start=654
-  _globals['_DETACHRESPONSE']._serialized_end=692
-  _globals['_READREQUEST']._serialized_start=694
-  _globals['_READREQUEST']._serialized_end=772
-  _globals['_READRESPONSE']._serialized_start=774
-  _globals['_READRESPONSE']._serialized_end=858
-  _globals['_WRITEREQUEST']._serialized_start=861
-  _globals['_WRITEREQUEST']._serialized_end=1009
-  _globals['_WRITERESPONSE']._serialized_start=1011
-  _globals['_WRITERESPONSE']._serialized_end=1065
-  _globals['_NOTICESREQUEST']._serialized_start=1067
-  _globals['_NOTICESREQUEST']._serialized_end=1100
-  _globals['_NOTICE']._serialized_start=1102
-  _globals['_NOTICE']._serialized_end=1219
-  _globals['_NODEBURNREQUEST']._serialized_start=1221
-  _globals['_NODEBURNREQUEST']._serialized_end=1304
-  _globals['_NODEREVOKEREQUEST']._serialized_start=1306
-  _globals['_NODEREVOKEREQUEST']._serialized_end=1407
-  _globals['_NODECLEARREQUEST']._serialized_start=1409
-  _globals['_NODECLEARREQUEST']._serialized_end=1442
-  _globals['_NODEACTIONRESPONSE']._serialized_start=1444
-  _globals['_NODEACTIONRESPONSE']._serialized_end=1496
-  _globals['_PROBEREQUEST']._serialized_start=1498
-  _globals['_PROBEREQUEST']._serialized_end=1530
-  _globals['_PROBERESPONSE']._serialized_start=1533
-  _globals['_PROBERESPONSE']._serialized_end=1670
-  _globals['_PROBERESPONSE_EVIDENCEENTRY']._serialized_start=1623
-  _globals['_PROBERESPONSE_EVIDENCEENTRY']._serialized_end=1670
-  _globals['_LISTNODELEASESREQUEST']._serialized_start=1672
-  _globals['_LISTNODELEASESREQUEST']._serialized_end=1695
-  _globals['_NODELEASE']._serialized_start=1698
-  _globals['_NODELEASE']._serialized_end=2011
-  _globals['_NODELEASE_EVIDENCEENTRY']._serialized_start=1623
-  _globals['_NODELEASE_EVIDENCEENTRY']._serialized_end=1670
-  _globals['_LISTNODELEASESRESPONSE']._serialized_start=2013
-  _globals['_LISTNODELEASESRESPONSE']._serialized_end=2075
-  _globals['_NODESERVICE']._serialized_start=2078
-  _globals['_NODESERVICE']._serialized_end=2716
-  _globals['_NODECONTROL']._serialized_start=2719
-  _globals['_NODECONTROL']._serialized_end=3082
+  _globals['_BINDREQUEST']._serialized_start=70
+  _globals['_BINDREQUEST']._serialized_end=115
+  _globals['_BINDRESPONSE']._serialized_start=118
+  _globals['_BINDRESPONSE']._serialized_end=335
+  _globals['_EXTENDREQUEST']._serialized_start=337
+  _globals['_EXTENDREQUEST']._serialized_end=384
+  _globals['_EXTENDRESPONSE']._serialized_start=386
+  _globals['_EXTENDRESPONSE']._serialized_end=444
+  _globals['_NODERELEASEREQUEST']._serialized_start=446
+  _globals['_NODERELEASEREQUEST']._serialized_end=543
+  _globals['_NODERELEASERESPONSE']._serialized_start=545
+  _globals['_NODERELEASERESPONSE']._serialized_end=601
+  _globals['_DETACHREQUEST']._serialized_start=603
+  _globals['_DETACHREQUEST']._serialized_end=651
+  _globals['_DETACHRESPONSE']._serialized_start=653
+  _globals['_DETACHRESPONSE']._serialized_end=691
+  _globals['_READREQUEST']._serialized_start=693
+  _globals['_READREQUEST']._serialized_end=771
+  _globals['_READRESPONSE']._serialized_start=773
+  _globals['_READRESPONSE']._serialized_end=857
+  _globals['_WRITEREQUEST']._serialized_start=860
+  _globals['_WRITEREQUEST']._serialized_end=1008
+  _globals['_WRITERESPONSE']._serialized_start=1010
+  _globals['_WRITERESPONSE']._serialized_end=1064
+  _globals['_NOTICESREQUEST']._serialized_start=1066
+  _globals['_NOTICESREQUEST']._serialized_end=1099
+  _globals['_NOTICE']._serialized_start=1101
+  _globals['_NOTICE']._serialized_end=1218
+  _globals['_NODEBURNREQUEST']._serialized_start=1220
+  _globals['_NODEBURNREQUEST']._serialized_end=1303
+  _globals['_NODEREVOKEREQUEST']._serialized_start=1305
+  _globals['_NODEREVOKEREQUEST']._serialized_end=1406
+  _globals['_NODECLEARREQUEST']._serialized_start=1408
+  _globals['_NODECLEARREQUEST']._serialized_end=1441
+  _globals['_NODEACTIONRESPONSE']._serialized_start=1443
+  _globals['_NODEACTIONRESPONSE']._serialized_end=1495
+  _globals['_PROBEREQUEST']._serialized_start=1497
+  _globals['_PROBEREQUEST']._serialized_end=1529
+  _globals['_PROBERESPONSE']._serialized_start=1532
+  _globals['_PROBERESPONSE']._serialized_end=1669
+  _globals['_PROBERESPONSE_EVIDENCEENTRY']._serialized_start=1622
+  _globals['_PROBERESPONSE_EVIDENCEENTRY']._serialized_end=1669
+  _globals['_LISTNODELEASESREQUEST']._serialized_start=1671
+  _globals['_LISTNODELEASESREQUEST']._serialized_end=1694
+  _globals['_NODELEASE']._serialized_start=1697
+  _globals['_NODELEASE']._serialized_end=2010
+  _globals['_NODELEASE_EVIDENCEENTRY']._serialized_start=1622
+  _globals['_NODELEASE_EVIDENCEENTRY']._serialized_end=1669
+  _globals['_LISTNODELEASESRESPONSE']._serialized_start=2012
+  _globals['_LISTNODELEASESRESPONSE']._serialized_end=2074
+  _globals['_NODESERVICE']._serialized_start=2077
+  _globals['_NODESERVICE']._serialized_end=2715
+  _globals['_NODECONTROL']._serialized_start=2718
+  _globals['_NODECONTROL']._serialized_end=3081
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
-from grafos_proto.v1 import common_pb2 as _common_pb2
+from grafos_proto.v1 import lease_pb2 as _lease_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -393,7 +393,7 @@ class Notice(_message.Message):
     reason: _builtins.str
     grace_ms: _builtins.int
     @_builtins.property
-    def failure(self) -> _common_pb2.FailureDetail: ...
+    def failure(self) -> _lease_pb2.FailureDetail: ...
     def __init__(
         self,
         *,
@@ -401,7 +401,7 @@ class Notice(_message.Message):
         kind: _builtins.str = ...,
         reason: _builtins.str = ...,
         grace_ms: _builtins.int = ...,
-        failure: _common_pb2.FailureDetail | None = ...,
+        failure: _lease_pb2.FailureDetail | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -421,13 +421,13 @@ class NodeBurnRequest(_message.Message):
     lease_id: _builtins.str
     epoch: _builtins.int
     @_builtins.property
-    def lease(self) -> _common_pb2.Lease: ...
+    def lease(self) -> _lease_pb2.Lease: ...
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
-        lease: _common_pb2.Lease | None = ...,
+        lease: _lease_pb2.Lease | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -625,7 +625,7 @@ class NodeLease(_message.Message):
     EXPORTED_FIELD_NUMBER: _builtins.int
     EVIDENCE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
-    kind: _common_pb2.Kind.ValueType
+    kind: _lease_pb2.Kind.ValueType
     epoch: _builtins.int
     generation: _builtins.int
     amount: _builtins.int
@@ -642,7 +642,7 @@ class NodeLease(_message.Message):
         self,
         *,
         lease_id: _builtins.str = ...,
-        kind: _common_pb2.Kind.ValueType = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
         epoch: _builtins.int = ...,
         generation: _builtins.int = ...,
         amount: _builtins.int = ...,
