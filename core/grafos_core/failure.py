@@ -3,7 +3,7 @@
     FabricError
     ├── LeaseExpired     the TTL or the lifetime ran out: acquire again
     ├── Revoked          taken back by an authority: do not retry
-    ├── Fenced           quarantined, burnt, or overtaken by a newer epoch: read again, acquire again
+    ├── Fenced           quarantined, burnt, or overtaken by a newer epoch: acquire again
     ├── Disconnected     node or service unreachable while the lease may live: retry
     │   └── DeadlineExceeded   the caller's own deadline passed (also a TimeoutError)
     ├── Degraded         reduced service: stale evidence, jeopardy, contention: by contract
@@ -100,9 +100,9 @@ class FabricError(Exception):
         return (from_fields, (type(self).__name__, self.fields()))
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and isinstance(other, FabricError) and (
-            other.fields() == self.fields()
-        )  # fmt: skip
+        if not isinstance(other, FabricError) or type(other) is not type(self):
+            return NotImplemented
+        return other.fields() == self.fields()
 
     __hash__ = Exception.__hash__
 
@@ -178,8 +178,10 @@ _E, _R, _F, _X, _T, _G, _I, _D, _L, _B = (
     LeaseExpired, Revoked, Fenced, Disconnected, DeadlineExceeded, Degraded, Incompatible, Denied,
     RateLimited, InternalError,
 )  # fmt: skip
-_PRE, _ARG, _RANGE, _PERM = "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE", "PERMISSION_DENIED"
-_AUTH, _UNAV, _RES, _LOSS = "UNAUTHENTICATED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DATA_LOSS"
+_PRE, _ARG, _RANGE = "FAILED_PRECONDITION", "INVALID_ARGUMENT", "OUT_OF_RANGE"
+_PERM, _AUTH, _UNAV, _RES, _LOSS = (
+    "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DATA_LOSS",
+)  # fmt: skip
 
 CODES: dict[str, Code] = {
     # lease and epoch

@@ -214,7 +214,9 @@ class Lease:
     cause: EndCause | None = None
     reason: str = ""
     """Words of the authority that ended it."""
+    bound_at_ms: int | None = None
     ended_at_ms: int | None = None
+    grace_ms: int = 0
     unconfirmed: bool = False
     fence_cause: str = ""
     fence_evidence: Mapping[str, Any] = field(default_factory=dict)
@@ -240,16 +242,8 @@ class Lease:
         return self.extent_offset + self.amount
 
 
-_IDENTIFIER = re.compile(r"[a-z0-9-]{1,63}")
 _LEASE_ID = re.compile(r"[0-9a-f]{32}")
 _REQUEST_ID = re.compile(r"[0-9a-zA-Z_.:-]{1,64}")
-
-
-def check_identifier(text: str, what: str) -> str:
-    """Return `text` if it is an identifier of ours; the refusal never repeats what was sent."""
-    if not _IDENTIFIER.fullmatch(text):
-        raise failure.of("IDENTIFIER", f"{what}: 1 to 63 of a-z, 0-9 and '-'")
-    return text
 
 
 def check_lease_id(text: str) -> LeaseId:
