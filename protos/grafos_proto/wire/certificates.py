@@ -2,8 +2,8 @@
 
 Rules. TLS keys are P-256, because gRPC's TLS takes no Ed25519 certificate; tokens and receipts are
 signed with Ed25519 keys, which never stand in a certificate. A token is bound to a key, not to a
-certificate: the thumbprint is the SHA-256 of the SubjectPublicKeyInfo, so that a certificate renewed
-over the same key keeps every lease. No clock is read here; whoever decides says `now_ms`.
+certificate: the thumbprint is the SHA-256 of the SubjectPublicKeyInfo, so that a certificate
+renewed over the same key keeps every lease. No clock is read here; whoever decides says `now_ms`.
 
     root (years, may be offline) ── signs ──► intermediate ── signs ──► leaf (an hour)
     the bundle that peers trust               └───── the chain that a peer presents ─────┘
@@ -14,6 +14,8 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -30,6 +32,18 @@ PEM_BYTES_MAX = 16_384
 CHAIN_CERTIFICATES_MAX = 3
 PARSED_MAX = 1_024
 """Certificates whose parsed form is kept: about the peers of one service."""
+
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    OverflowError,
+    UnsupportedAlgorithm,
+    InvalidSignature,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.UnsupportedGeneralNameType,
+)
 
 PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
 TlsKey = ec.EllipticCurvePrivateKey
@@ -109,22 +123,22 @@ def load_certificates(pem: bytes) -> list[x509.Certificate]:
     """All certificates in `pem`, at least one, in their order."""
     if len(pem) > PEM_BYTES_MAX:
         raise failure.of("MESSAGE_SIZE", "certificates")
-    try:
+    with _readable("the certificate"):
         return x509.load_pem_x509_certificates(pem)
-    except ValueError:
-        raise failure.of("IDENTITY", "the certificate cannot be read") from None
 
 
 @functools.lru_cache(maxsize=PARSED_MAX)
 def parse(pem: bytes) -> Certificate:
     """What the first certificate in `pem` says. Parsed once per certificate, not once per call."""
-    leaf = load_certificates(pem)[0]
-    return Certificate(
-        identity_of(leaf),
-        thumbprint(_p256(leaf)),
-        _ms(leaf.not_valid_before_utc),
-        _ms(leaf.not_valid_after_utc),
-    )
+    return _read(load_certificates(pem)[0])
+
+
+def _read(leaf: x509.Certificate) -> Certificate:
+    """Not kept: so what strangers send does not push the certificates of peers out of memory."""
+    identity, key = identity_of(leaf), _p256(leaf)
+    with _readable("the certificate"):
+        begin, end = leaf.not_valid_before_utc, leaf.not_valid_after_utc
+    return Certificate(identity, thumbprint(key), _ms(begin), _ms(end))
 
 
 def not_after_ms(pem: bytes) -> int:
@@ -159,7 +173,7 @@ def verify_chain(chain_pem: bytes, bundle_pem: bytes, now_ms: int) -> Certificat
     chain = load_certificates(chain_pem)
     if len(chain) > CHAIN_CERTIFICATES_MAX:
         raise failure.of("IDENTITY", "the chain is too long")
-    leaf = parse(pem_of(chain[0]))
+    leaf = _read(chain[0])
     leaf.check_fresh(now_ms)
     below = chain[0]
     for authority in chain[1:]:
@@ -192,12 +206,10 @@ def requested_key(csr_pem: bytes) -> ec.EllipticCurvePublicKey:
     """The key that a request is for, once the request proves possession of it."""
     if len(csr_pem) > PEM_BYTES_MAX:
         raise failure.of("MESSAGE_SIZE", "certificate request")
-    try:
+    with _readable("the certificate request"):
         request = x509.load_pem_x509_csr(csr_pem)
         signed = request.is_signature_valid
         key = request.public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise failure.of("IDENTITY", "the certificate request cannot be read") from None
     if not signed or not isinstance(key, ec.EllipticCurvePublicKey):
         raise failure.of("IDENTITY", "the certificate request does not prove a P-256 key")
     return check_curve(key)
@@ -211,39 +223,48 @@ def check_curve(key: ec.EllipticCurvePublicKey) -> ec.EllipticCurvePublicKey:
 
 
 def _check_issued(below: x509.Certificate, *, by: x509.Certificate, now_ms: int) -> None:
-    try:
+    with _readable("the chain"):
         below.verify_directly_issued_by(by)
         is_authority = by.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
-        raise failure.of("IDENTITY", "the chain does not lead to this fabric's root") from None
+        begin_ms, end_ms = _ms(by.not_valid_before_utc), _ms(by.not_valid_after_utc)
     if not is_authority:
         raise failure.of("IDENTITY", "the chain passes through a certificate that may not sign")
-    if not _ms(by.not_valid_before_utc) <= now_ms < _ms(by.not_valid_after_utc):
+    if not begin_ms <= now_ms < end_ms:
         raise failure.of("CERT_EXPIRED", "an authority in the chain is not in force")
 
 
 def _check_anchored(
     below: x509.Certificate, roots: list[x509.Certificate], trust_domain: str, now_ms: int
 ) -> None:
+    with _readable("the issuer in the certificate"):
+        issuer = below.issuer
     for root in roots:
-        if root.subject == below.issuer and trust_domain_of(root) == trust_domain:
+        if root.subject == issuer and trust_domain_of(root) == trust_domain:
             return _check_issued(below, by=root, now_ms=now_ms)
     raise failure.of("IDENTITY", "the chain does not lead to this fabric's root")
 
 
 def _uris(certificate: x509.Certificate) -> list[str]:
-    try:
+    with _readable("the names in the certificate"):
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (x509.ExtensionNotFound, ValueError):
-        return []
-    return names.get_values_for_type(x509.UniformResourceIdentifier)
+        return names.get_values_for_type(x509.UniformResourceIdentifier)
 
 
 def _p256(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
-    key = certificate.public_key()
+    with _readable("the key in the certificate"):
+        key = certificate.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise failure.of("IDENTITY", "the key is not a P-256 key")
     return check_curve(key)
+
+
+@contextmanager
+def _readable(what: str) -> Generator[None, None, None]:
+    """Everything that the library says of what strangers made, in our own words."""
+    try:
+        yield
+    except _UNREADABLE:
+        raise failure.of("IDENTITY", f"{what} cannot be read or does not prove itself") from None
 
 
 def _framed(domain: str, message: bytes) -> bytes:

@@ -1,10 +1,10 @@
 """A key with its certificate: in memory, on disk, and on the channels of gRPC.
 
 Rules. A private key is never printed: it is left out of every `repr`, and no failure quotes what a
-file holds. On disk it lies in a file of its own with mode 0600; a key that others may read is refused,
-since it must be taken for stolen. Files are replaced as wholes, synced before and after the rename, so
-that a crash leaves the old one or the new one. The certificate is written last: whoever finds it finds
-the key that it is for.
+file holds. On disk it lies in a file of its own with mode 0600; a key that others may read is
+refused, since it must be taken for stolen. Files are replaced as wholes, synced before and after
+the rename, so that a crash leaves the old one or the new one. The certificate is written last:
+whoever finds it finds the key that it is for.
 
     tls.key   the private key, 0600          tls.crt   leaf, then intermediate
     ca.crt    the roots that peers must lead to
@@ -70,6 +70,9 @@ class IdentityFiles:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.key_path = directory / KEY_FILE
+        self.chain_path = directory / CHAIN_FILE
+        self.bundle_path = directory / BUNDLE_FILE
         self._current: Credentials | None = None
 
     def __call__(self) -> Credentials:
@@ -79,28 +82,25 @@ class IdentityFiles:
     def load(self) -> Credentials:
         """Read all three files again."""
         self._current = Credentials(
-            read_private(self._directory / KEY_FILE),
-            _read(self._directory / CHAIN_FILE),
-            _read(self._directory / BUNDLE_FILE),
+            read_private(self.key_path), _read(self.chain_path), _read(self.bundle_path)
         )
         return self._current
 
     def save(self, credentials: Credentials) -> None:
         """Make `credentials` the ones in force, on disk first."""
         make_private_directory(self._directory)
-        write_file(self._directory / KEY_FILE, credentials.key_pem, mode=0o600)
-        write_file(self._directory / BUNDLE_FILE, credentials.bundle_pem, mode=0o644)
-        write_file(self._directory / CHAIN_FILE, credentials.chain_pem, mode=0o644)
+        write_file(self.key_path, credentials.key_pem, mode=0o600)
+        write_file(self.bundle_path, credentials.bundle_pem, mode=0o644)
+        write_file(self.chain_path, credentials.chain_pem, mode=0o644)
         self._current = credentials
 
     def key(self) -> TlsKey:
         """The key in the folder; made now if there is none, so that it outlives restarts."""
-        path = self._directory / KEY_FILE
-        if path.exists():
-            return certificates.load_key(read_private(path))
+        if self.key_path.exists():
+            return certificates.load_key(read_private(self.key_path))
         key = certificates.new_tls_key()
         make_private_directory(self._directory)
-        write_file(path, certificates.key_pem(key), mode=0o600)
+        write_file(self.key_path, certificates.key_pem(key), mode=0o600)
         return key
 
 

@@ -58,9 +58,13 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes) -> Message:
-    """One message without its length. Only what `encode` would write is accepted."""
+    """One message without its length. Only what `encode` would write is accepted.
+
+    Half a surrogate pair can be written in JSON and in no encoding: such text is refused as well.
+    """
     try:
         message = json.loads(body)
+        json.dumps(message, ensure_ascii=False).encode("utf-8")
         canonical = isinstance(message, dict) and encode(message)[LENGTH.size :] == body
     except (ValueError, RecursionError):
         canonical = False
@@ -165,7 +169,7 @@ class Renewal:
         now_ms: int,
         jitter: Callable[[], float],
     ) -> None:
-        """`renew(credentials, now_ms)` asks; `jitter()`, -0.1 to 0.1, keeps all from asking at once."""
+        """`renew(credentials, now_ms)` asks; `jitter()`, -0.1 to 0.1, spreads the askers."""
         self._files, self._renew, self._jitter = files, renew, jitter
         self._retry_ms = RETRY_MS_MIN
         self.last_failure: FabricError | None = None
@@ -340,13 +344,22 @@ def _mapped() -> Generator[None, None, None]:
 
 
 def _split(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+    host, _, port = address.rpartition(":")
+    is_number = port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65_535
+    if not host.isascii() or not host or not is_number:
         raise failure.of("INVALID", "an address has the form host:port")
-    if ":" in host:
-        try:
-            ipaddress.IPv6Address(host)
-        except ValueError:
-            raise failure.of("INVALID", "an address has the form [host]:port") from None
+    if ":" in host or "[" in host:
+        return _bare(host), int(port)
     return host, int(port)
+
+
+def _bare(bracketed: str) -> str:
+    """The IPv6 address within its brackets."""
+    host = bracketed[1:-1]
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        host = ""
+    if not host or bracketed != f"[{host}]":
+        raise failure.of("INVALID", "an IPv6 address has the form [host]:port")
+    return host
