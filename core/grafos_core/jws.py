@@ -24,6 +24,7 @@ import binascii
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from grafos_core import failure
@@ -137,29 +138,40 @@ def header(typ: str, kid: str) -> bytes:
     return to_base64url(canonical({"alg": "EdDSA", "kid": kid, "typ": typ}))
 
 
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One verification key, for one purpose."""
+
+    typ: str
+    kid: str
+    owner: str
+    verify: VerifySignature
+
+
 class Keys:
     """The verification keys in force, per purpose. One that is retired is as one never known."""
 
     def __init__(self) -> None:
-        self._by_header: dict[bytes, tuple[str, str, VerifySignature]] = {}
+        self._by_header: dict[bytes, Key] = {}
 
-    def add(self, typ: str, kid: str, verify: VerifySignature) -> None:
+    def add(self, typ: str, kid: str, verify: VerifySignature, *, owner: str = "") -> None:
+        """`owner` is in whose name the key may speak, where the claims name a speaker."""
         failure.invariant(typ in TYPES, f"{typ} is no purpose of ours")
-        self._by_header[header(typ, kid)] = (typ, kid, verify)
+        self._by_header[header(typ, kid)] = Key(typ, kid, owner, verify)
 
     def retire(self, typ: str, kid: str) -> None:
         self._by_header.pop(header(typ, kid), None)
 
     def key_ids(self, typ: str) -> list[str]:
-        return sorted(kid for of_typ, kid, _ in self._by_header.values() if of_typ == typ)
+        return sorted(key.kid for key in self._by_header.values() if key.typ == typ)
 
-    def find(self, typ: str, segment: bytes) -> tuple[str, VerifySignature]:
-        """Key id and key of a token's first segment."""
+    def find(self, typ: str, segment: bytes) -> Key:
+        """The key that a token's first segment names."""
         found = self._by_header.get(segment)
-        if found is None or found[0] != typ:
+        if found is None or found.typ != typ:
             unknown_key = found is None and _is_ours_but_for_key(typ, segment)
             refuse("TOKEN_KEY_UNKNOWN" if unknown_key else "TOKEN_HEADER")
-        return found[1], found[2]
+        return found
 
 
 def _is_ours_but_for_key(typ: str, segment: bytes) -> bool:
@@ -185,15 +197,20 @@ def mint(typ: str, kid: str, claims: Mapping[str, Any], sign: Sign) -> str:
 
 def verify(token: str | bytes, typ: str, keys: Keys) -> dict[str, Any]:
     """The claims of a token of purpose `typ`, signed by a key in force: steps 1 to 4."""
+    return verify_owned(token, typ, keys)[0]
+
+
+def verify_owned(token: str | bytes, typ: str, keys: Keys) -> tuple[dict[str, Any], str]:
+    """As `verify`; and in whose name the key may speak."""
     raw = as_ascii(token)
     segments = raw.split(b".")
     if len(raw) > TOKEN_BYTES_MAX or len(segments) != 3:
         refuse("TOKEN_ENCODING", "three segments, at most 4 KiB")
-    _, verify_signature = keys.find(typ, segments[0])
+    key = keys.find(typ, segments[0])
     signature = from_base64url(segments[2])
-    if not verify_signature(segments[0] + b"." + segments[1], signature):
+    if not key.verify(segments[0] + b"." + segments[1], signature):
         refuse("TOKEN_SIGNATURE")
-    return parse_canonical(from_base64url(segments[1]))
+    return parse_canonical(from_base64url(segments[1])), key.owner
 
 
 def as_ascii(token: str | bytes) -> bytes:
