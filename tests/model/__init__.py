@@ -1,0 +1,1 @@
+"""Small worlds of the lease protocol, searched completely."""
