@@ -54,7 +54,7 @@ class CapacityBook:
         return self._places[place]
 
     def find(self, amount: int) -> int | None:
-        """Where `amount` would go: an extent's first block, 0 for amounts; None: it does not fit."""
+        """Where `amount` would go: first block of an extent, 0 for amounts; None: nowhere."""
         if self._places[Place.FREE] < amount:
             return None
         return self._extents.find(amount) if self._extents else 0

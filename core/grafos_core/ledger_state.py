@@ -119,7 +119,10 @@ class LedgerState:
         return node.books[kind].view(available=available)
 
     def pop_due(self, now_ms: int) -> Iterator[Lease]:
-        """Leases of which something fell due. Costs what is due, not what exists."""
+        """Leases of which something fell due; what is done with one is done before the next.
+
+        Costs what is due, not what exists: a lease keeps the entry it has, and moves it when popped.
+        """
         while self._due and self._due[0][0] <= now_ms:
             _, lease_id = heapq.heappop(self._due)
             lease = self.leases.get(lease_id)
@@ -256,8 +259,9 @@ class LedgerState:
             lease = self.leases[lease_id]
             if lease.state in USABLE:
                 self.quotas.discharge(lease.tenant, lease.kind, lease.amount)
+                lease = lease.moved(LeaseState.ENDING, cause=EndCause.AGENT_LOST)
             self.clear_orders.pop(lease_id, None)
-            self._archive(replace(lease, cause=EndCause.AGENT_LOST, reason="node forgotten"))
+            self._archive(replace(lease, reason="node forgotten", ended_at_ms=event.at_ms))
 
     def _quota(self, event: Event) -> None:
         body = event.body

@@ -62,7 +62,7 @@ from grafos_core.lease import (
 )
 from grafos_core.ledger_state import LedgerState, Node, lease_to_body
 from grafos_core.quota import Limit
-from grafos_core.receipt import TeardownReceipt
+from grafos_core.receipt import Outcome, TeardownReceipt
 
 REGISTRATION_TTL_MS: Final = 3_000
 """A node not heard for so long is lost: its free capacity is withheld."""
@@ -144,7 +144,7 @@ class Lessor:
         failure.invariant(now_ms >= self.state.now_ms, "the ledger's time went back")
         events: list[Event] = []
         nodes: set[NodeId] = set()
-        for lease in list(self.state.pop_due(now_ms)):
+        for lease in self.state.pop_due(now_ms):
             event = self._due_event(lease, now_ms)
             nodes.add(lease.node_id)
             events.append(event)
@@ -365,27 +365,26 @@ class Lessor:
         receipt = ask.receipt
         lease = self.lease(LeaseId(receipt.lease_id))
         self._check_receipt(receipt, ask.signer_node, lease)
-        if lease.state is LeaseState.RELEASED:
+        if lease.lease_id not in self.state.leases:  # credited before, or forgotten with its node
             return Step(lease=lease)
         if lease.state is LeaseState.FENCED:
             return self._credit_fenced(receipt, lease, now_ms)
-        if receipt.outcome == "cleared":
+        if receipt.outcome is Outcome.CLEARED:
             raise failure.of("RECEIPT", "nothing was fenced", lease_id=lease.lease_id)
-        if receipt.outcome == "nothing_created" and lease.bound_at_ms is not None:
+        if receipt.outcome is Outcome.NOTHING_CREATED and lease.bound_at_ms is not None:
             raise failure.of("RECEIPT", "the lease was bound", lease_id=lease.lease_id)
         events = []
         if lease.state in USABLE:
-            cause = EndCause(receipt.cause)
-            events.append(_ending(lease, cause, now_ms, by=f"node {lease.node_id}"))
+            events.append(_ending(lease, receipt.cause, now_ms, by=f"node {lease.node_id}"))
         events.append(_settled(lease, receipt, now_ms))
         return self._commit(*events, lease_id=lease.lease_id)
 
     def _credit_fenced(self, receipt: TeardownReceipt, lease: Lease, now_ms: int) -> Step:
         """Only a clear that was ordered takes a slice out of quarantine."""
-        if receipt.outcome == "fenced":
+        if receipt.outcome is Outcome.FENCED:
             return Step(lease=lease)
         order = self.state.clear_orders.get(lease.lease_id)
-        if receipt.outcome != "cleared" or order is None:
+        if receipt.outcome is not Outcome.CLEARED or order is None:
             raise failure.of("RECEIPT", "the slice is fenced", lease_id=lease.lease_id)
         body = _receipt_body(receipt) | {"operator": order.operator, "reason": order.reason}
         event = Event("lease.released", now_ms, lease.lease_id, lease.epoch, body)
@@ -396,8 +395,6 @@ class Lessor:
         ours = (lease.node_id, lease.incarnation, lease.epoch, lease.kind.value, lease.amount)
         if signer != lease.node_id or said != ours:
             raise failure.of("RECEIPT", lease_id=lease.lease_id, epoch=lease.epoch)
-        if receipt.cause not in EndCause:
-            raise failure.of("RECEIPT", "unknown cause", lease_id=lease.lease_id)
 
     def _clear(self, ask: ClearFence, now_ms: int) -> Step:
         lease = self.lease(ask.lease_id)
@@ -610,7 +607,7 @@ def _ending(lease: Lease, cause: EndCause, now_ms: int, *, reason: str = "", gra
 def _settled(lease: Lease, receipt: TeardownReceipt, now_ms: int) -> Event:
     """A receipt of a failed teardown quarantines exactly this slice; any other credits it."""
     body = _receipt_body(receipt)
-    if receipt.outcome == "fenced":
+    if receipt.outcome is Outcome.FENCED:
         body |= {"cause": str(receipt.measured.get("cause", "teardown")),
                  "evidence": {k: str(v) for k, v in receipt.measured.items()}}  # fmt: skip
         return Event("lease.fenced", now_ms, lease.lease_id, lease.epoch, body)
@@ -619,7 +616,7 @@ def _settled(lease: Lease, receipt: TeardownReceipt, now_ms: int) -> Event:
 
 def _receipt_body(receipt: TeardownReceipt) -> dict[str, Any]:
     return {
-        "outcome": receipt.outcome, "assurance": receipt.assurance, "ended_by": receipt.cause,
+        "outcome": receipt.outcome.value, "assurance": receipt.assurance.value, "ended_by": receipt.cause.value,
         "measured": dict(receipt.measured), "record_number": receipt.record_number,
         "record_hash": receipt.record_hash, "boot_epoch": receipt.boot_epoch,
     }  # fmt: skip
