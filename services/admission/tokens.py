@@ -1,0 +1,46 @@
+"""Mints the tokens with which a node is bound: for one lease, one node, one key, 30 seconds."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Final
+
+from grafos_core import token
+from grafos_core.lease import TOKEN_MS_DEFAULT, Lease
+from grafos_core.token import LeaseToken
+from services.runtime.signing import SigningKey
+
+OPERATIONS: Final = ("read", "write")
+
+
+class Minter:
+    def __init__(self, issuer: str, key: SigningKey) -> None:
+        self._issuer, self._key = issuer, key
+
+    def mint(self, lease: Lease, now_ms: int) -> tuple[str, int]:
+        """The token, and how many ms it lives. It never outlives the lease."""
+        expires_ms = min(now_ms + TOKEN_MS_DEFAULT, lease.end_ms)
+        issued_ms = min(now_ms, expires_ms)
+        claims = LeaseToken(
+            issuer=self._issuer,
+            subject=lease.holder,
+            audience=token.audience_of(lease.node_id, lease.incarnation),
+            jti=secrets.token_hex(16),
+            iat_ms=issued_ms,
+            nbf_ms=issued_ms,
+            exp_ms=expires_ms,
+            holder_thumbprint=lease.holder_key,
+            lease_id=lease.lease_id,
+            kind=lease.kind,
+            amount=lease.amount,
+            extent_offset=lease.extent_offset,
+            ops=OPERATIONS,
+            epoch=lease.epoch,
+            generation=lease.generation,
+            ttl_ms=lease.ttl_ms,
+            lease_end_ms=lease.end_ms,
+            lifetime_end_ms=lease.lifetime_end_ms,
+            policy=lease.policy,
+        ).to_claims()
+        text = token.mint(token.LEASE, self._key.key_id, claims, self._key.sign)
+        return text, expires_ms - issued_ms
