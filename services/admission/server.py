@@ -97,9 +97,8 @@ class Ledger:
         with status_to_failures():
             return self._stub().List(request, timeout=10)
 
-    def watch(
-        self, request: ledger_pb2.WatchRequest
-    ) -> grpc.CallIterator[ledger_pb2.WatchResponse]:
+    def watch(self, request: ledger_pb2.WatchRequest) -> Any:
+        """The stream; whoever reads it also cancels it."""
         return self._stub().Watch(request)
 
 
