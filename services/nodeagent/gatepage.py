@@ -240,5 +240,7 @@ def _names(cell: list[int]) -> tuple[int, int, int]:
 
 
 def _check_word(fields: list[int]) -> int:
-    mixed = sum(value * factor for value, factor in zip(fields, _MULTIPLIERS, strict=True))
+    sequence, state, epoch, deadline_ns, low, high = fields
+    a, b, c, d, e, f = _MULTIPLIERS
+    mixed = sequence * a + state * b + epoch * c + deadline_ns * d + low * e + high * f
     return (mixed ^ (mixed >> 64)) & _MASK
