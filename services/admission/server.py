@@ -34,10 +34,11 @@ from grafos_proto.v1 import admission_pb2, lease_pb2, ledger_pb2
 from grafos_proto.v1.admission_pb2_grpc import AdmissionServiceServicer
 from grafos_proto.v1.ledger_pb2_grpc import LedgerServiceStub
 from grafos_proto.wire import convert
-from grafos_proto.wire.failures import each_to_failures, failure_of, status_to_failures
-from services.admission.commits import Coalescer
+from grafos_proto.wire.failures import failure_of
+from services.admission.commits import BATCH_MAX, Coalescer
 from services.admission.tokens import Minter
 from services.admission.view import FabricView
+from services.runtime.client import Remote
 from services.runtime.clock import Clock
 from services.runtime.faults import fault
 from services.runtime.server import deadline_left_ms, peer
@@ -53,15 +54,16 @@ LIST_LIMIT_MAX: Final = 10_000
 REFUSALS_MAX: Final = 64
 """Refusals that one commit takes along; more are counted and not recorded one by one."""
 LOOK_AGAIN_MS: Final = 250
+LOOK_TIMEOUT_MS: Final = 5_000
 
-Stub = Callable[[], LedgerServiceStub]
+COMMIT_TIMEOUT_MS: Final = 10_000
 
 
 class Ledger:
     """The ledger as admission uses it: batched commits and renewals, plain look-ups."""
 
-    def __init__(self, stub: Stub) -> None:
-        self._stub = stub
+    def __init__(self, remote: Remote[LedgerServiceStub]) -> None:
+        self._remote = remote
         self._refusals: list[ledger_pb2.Command] = []
         self.commit: Coalescer[ledger_pb2.Command, ledger_pb2.Outcome] = Coalescer(self._commit)
         self.renew: Coalescer[ledger_pb2.LedgerRenew, ledger_pb2.Outcome] = Coalescer(self._renew)
@@ -78,28 +80,34 @@ class Ledger:
     def _commit(self, commands: Sequence[ledger_pb2.Command]) -> Sequence[ledger_pb2.Outcome]:
         fault("admission.commit")
         refusals, self._refusals = self._refusals, []
-        room = max(0, 256 - len(commands))
+        room = max(0, BATCH_MAX - len(commands))
         request = ledger_pb2.CommitRequest(commands=[*commands, *refusals[:room]])
-        with status_to_failures():
-            response = self._stub().Commit(request, timeout=10)
-        return response.outcomes[: len(commands)]
+        response = self._remote.call("Commit", request, timeout_ms=COMMIT_TIMEOUT_MS)
+        outcomes: list[ledger_pb2.Outcome] = list(response.outcomes[: len(commands)])
+        return outcomes
 
     def _renew(self, asks: Sequence[ledger_pb2.LedgerRenew]) -> Sequence[ledger_pb2.Outcome]:
-        with status_to_failures():
-            request = ledger_pb2.LedgerRenewRequest(renewals=asks)
-            return self._stub().Renew(request, timeout=10).outcomes
+        request = ledger_pb2.LedgerRenewRequest(renewals=asks)
+        response = self._remote.call("Renew", request, timeout_ms=COMMIT_TIMEOUT_MS)
+        outcomes: list[ledger_pb2.Outcome] = list(response.outcomes)
+        return outcomes
 
     def get(self, lease_id: LeaseId) -> lease_pb2.Lease:
-        with status_to_failures():
-            return self._stub().Get(admission_pb2.GetLeaseRequest(lease_id=lease_id), timeout=5)
+        request = admission_pb2.GetLeaseRequest(lease_id=lease_id)
+        found: lease_pb2.Lease = self._remote.call("Get", request, timeout_ms=LOOK_TIMEOUT_MS)
+        return found
 
     def list(self, request: admission_pb2.ListLeasesRequest) -> admission_pb2.ListLeasesResponse:
-        with status_to_failures():
-            return self._stub().List(request, timeout=10)
+        found: admission_pb2.ListLeasesResponse = self._remote.call(
+            "List", request, timeout_ms=COMMIT_TIMEOUT_MS
+        )
+        return found
 
-    def watch(self, request: ledger_pb2.WatchRequest) -> Any:
-        """The stream; whoever reads it also cancels it."""
-        return self._stub().Watch(request)
+    def watch(
+        self, request: ledger_pb2.WatchRequest
+    ) -> tuple[Iterator[ledger_pb2.WatchResponse], Callable[[], Any]]:
+        """The events, and what ends them."""
+        return self._remote.stream("Watch", request)
 
 
 class AdmissionServicer(AdmissionServiceServicer):
@@ -290,9 +298,9 @@ class AdmissionServicer(AdmissionServiceServicer):
                     yield admission_pb2.WatchLeasesResponse(
                         revision=revision, event="snapshot", lease=lease
                     )
-        stream = self._ledger.watch(ledger_pb2.WatchRequest(from_revision=revision))
-        context.add_callback(stream.cancel)
-        for response in each_to_failures(stream):
+        events, cancel = self._ledger.watch(ledger_pb2.WatchRequest(from_revision=revision))
+        context.add_callback(lambda: cancel())
+        for response in events:
             yield from _lease_events(response, request.lease_id)
 
     # helpers

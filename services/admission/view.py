@@ -9,7 +9,7 @@ fresh.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
 
 from grafos_core.books import BookView
@@ -19,17 +19,17 @@ from grafos_core.lessor import NodeView
 from grafos_proto.v1 import lease_pb2, ledger_pb2
 from grafos_proto.v1.ledger_pb2_grpc import LedgerServiceStub
 from grafos_proto.wire import convert
-from grafos_proto.wire.failures import each_to_failures, status_to_failures
+from services.runtime.client import Remote
 from services.runtime.clock import Clock
 
-SNAPSHOT_TIMEOUT_S = 5.0
+SNAPSHOT_TIMEOUT_MS = 5_000
 SILENCE_MS_MAX = 5_000
 """A watch that says nothing for so long, not even progress, counts as broken."""
 
 
 class FabricView:
-    def __init__(self, stub: Callable[[], LedgerServiceStub], clock: Clock) -> None:
-        self._stub, self._clock = stub, clock
+    def __init__(self, remote: Remote[LedgerServiceStub], clock: Clock) -> None:
+        self._remote, self._clock = remote, clock
         self._changed = threading.Condition()
         self._nodes: dict[NodeId, tuple[NodeView, int]] = {}
         self._version = 0
@@ -58,27 +58,28 @@ class FabricView:
         """Whether a snapshot was read and the watch has been heard since."""
         return self._loaded and self._clock.boot_ms() - self._heard_at_ms <= SILENCE_MS_MAX
 
-    def follow_once(self) -> None:
+    def follow(self, stopped: threading.Event) -> None:
         """Read a snapshot and follow the watch until it breaks. Raises what broke it."""
-        with status_to_failures():
-            snapshot = self._stub().Snapshot(
-                ledger_pb2.SnapshotRequest(), timeout=SNAPSHOT_TIMEOUT_S
-            )
+        snapshot = self._remote.call(
+            "Snapshot", ledger_pb2.SnapshotRequest(), timeout_ms=SNAPSHOT_TIMEOUT_MS, tries_max=1
+        )
         self._take(snapshot.nodes, whole=True)
         request = ledger_pb2.WatchRequest(from_revision=snapshot.revision)
-        stream = self._stub().Watch(request)
+        events, cancel = self._remote.stream("Watch", request)
         try:
-            for response in each_to_failures(stream):
+            for response in events:
                 self._take([event.node for event in response.events if event.HasField("node")])
+                if stopped.is_set() or response.compacted_to:
+                    return
         except FabricError:
             self._loaded = False
             raise
         finally:
-            stream.cancel()
+            cancel()
 
-    def _take(self, nodes: object, *, whole: bool = False) -> None:
+    def _take(self, nodes: Iterable[lease_pb2.Node], *, whole: bool = False) -> None:
         read_at_ms = self._clock.boot_ms()
-        views = [node_view(node) for node in nodes]  # type: ignore[attr-defined]
+        views = [node_view(node) for node in nodes]
         with self._changed:
             if whole:
                 self._nodes.clear()

@@ -1,0 +1,115 @@
+"""`python -m services.admission`: wiring, and nothing else."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Final
+
+from grafos_core.failure import FabricError
+from grafos_core.spiffe import Identity, Role
+from grafos_proto.v1 import admission_pb2_grpc, lease_pb2, ledger_pb2
+from grafos_proto.v1.ledger_pb2_grpc import LedgerServiceStub
+from grafos_proto.wire.failures import failure_of
+from services.admission.server import AdmissionServicer, Ledger
+from services.admission.tokens import Minter
+from services.admission.view import FabricView
+from services.runtime import flags
+from services.runtime.client import Remote
+from services.runtime.process import Process, run_service
+from services.runtime.server import Listener, Service
+from services.runtime.signing import SigningKey
+
+NAME: Final = "grafos.v1.AdmissionService"
+FOLLOW_AGAIN_S: Final = 0.1
+UPKEEP_S: Final = 1.0
+GATES: Final = ("ledger", "key")
+
+
+def start(process: Process) -> None:
+    files = process.identity()
+    here = files().identity
+    ledger_identity = Identity(here.trust_domain, Role.SERVICE, None, "ledger")
+    remote = Remote(
+        process.values.ledger, ledger_identity, files, LedgerServiceStub,
+        dice=process.dice, clock=process.clock,
+    )  # fmt: skip
+    process.on_stop(remote.close)
+    key = signing_key(process)
+    view, ledger = FabricView(remote, process.clock), Ledger(remote)
+    servicer = AdmissionServicer(
+        view, ledger, Minter(str(here), key), process.clock, process.metrics
+    )
+    stopped = threading.Event()
+    process.on_stop(stopped.set)
+    for body, arguments in (
+        (follow, (process, view, stopped)),
+        (upkeep, (process, view, ledger, key, str(here), stopped)),
+    ):
+        threading.Thread(target=body, args=arguments, name=body.__name__, daemon=True).start()
+    service = Service(NAME, admission_pb2_grpc.add_AdmissionServiceServicer_to_server, servicer)
+    listeners = [Listener(process.values.listen, [service])]
+    if process.values.control_listen:
+        listeners.append(Listener(process.values.control_listen, [service], control=True))
+    process.serve(listeners, files)
+
+
+def signing_key(process: Process) -> SigningKey:
+    """The key that tokens are signed with, made at the first start."""
+    path = process.state_dir / "token.key"
+    return SigningKey.load(path) if path.exists() else SigningKey.make(path)
+
+
+def follow(process: Process, view: FabricView, stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        try:
+            view.follow(stopped)
+        except FabricError as error:
+            process.log.debug("ledger.watch_broken", code=error.code)
+        stopped.wait(FOLLOW_AGAIN_S)
+
+
+def upkeep(
+    process: Process, view: FabricView, ledger: Ledger, key: SigningKey, issuer: str,
+    stopped: threading.Event,
+) -> None:  # fmt: skip
+    """Publish our key, watch the ledger's freshness, hand in refusals that nobody took along."""
+    published, pause_s = False, 0.02
+    while not stopped.wait(pause_s):
+        if view.loaded:
+            process.readiness.open("ledger")
+        else:
+            process.readiness.close("ledger", "no fresh word of the ledger")
+        try:
+            if not published:
+                publish(ledger, key, issuer)
+                published = True
+                process.readiness.open("key")
+            ledger.flush_refusals()
+        except FabricError as error:
+            process.log.debug("ledger.unreachable", code=error.code)
+        pause_s = UPKEEP_S if published and view.loaded else 0.05
+
+
+def publish(ledger: Ledger, key: SigningKey, issuer: str) -> None:
+    """Nodes verify our tokens with what the ledger gives them."""
+    message = lease_pb2.VerificationKey(
+        key_id=key.key_id, owner=issuer, use="lease", public_key=key.public_key
+    )
+    command = ledger_pb2.Command(publish_key=ledger_pb2.PublishKey(key=message))
+    outcome = ledger.commit(command, 5_000)
+    if outcome.HasField("failure"):
+        raise failure_of(outcome.failure)
+
+
+def main() -> int:
+    values = flags.read(
+        "services.admission",
+        "Decides who gets what, and mints the tokens that nodes are bound with.",
+        [flags.Flag("ledger", "address of the ledger", None, flags.endpoint)],
+    )
+    return run_service(Process("admission", values, gates=GATES), start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
