@@ -77,6 +77,11 @@ def current() -> Call:
     return call
 
 
+def serving() -> Call | None:
+    """Like `current`, for code that also runs on nobody's behalf."""
+    return _current.get()
+
+
 def peer() -> Peer:
     """Who calls."""
     return current().peer

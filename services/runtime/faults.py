@@ -34,6 +34,7 @@ FAULTS_MAX: Final = 64
 
 POINTS: Final[dict[str, str]] = {
     "ledger.open": "opening the event table",
+    "ledger.replay": "reading the event table back at start",
     "ledger.commit": "committing a batch of events, before the transaction ends",
     "ledger.committed": "after the transaction ended, before anybody is told",
     "ledger.watch": "sending events to a watcher",

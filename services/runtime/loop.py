@@ -1,0 +1,277 @@
+"""One thread that owns a service's state, and the queue through which everybody else asks it.
+
+Handlers of calls run in many threads and the cores know of none. So a core belongs to one owner
+thread; others hand it functions to run and wait for what they return. Between them the owner ticks:
+it tells the core the time, and is told when the time will next matter.
+
+    call(f), post(f) ──► queue ──► owner: f(), f(), … then on_tick(now) ──► next timeout, wait
+
+Rules. Every queue is bounded; one that is full refuses with RATE at once. A function's exception
+goes to who called it. What fails with nobody waiting, a posted function or the tick, has left the
+state in doubt: the process halts and is recovered from what is durable. So does it on a broken
+invariant, whoever waits.
+
+A `Batcher` gathers what many callers want at the same time into one run of a handler, so that one
+commit to disk serves them all: while the disk is busy with one batch, the next one gathers. A
+handler that raises a failure has refused the whole batch and changed nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Generic, TypeVar
+
+from grafos_core import failure
+from grafos_core.failure import FabricError, InvariantViolation, invariant
+from services.runtime.clock import SYSTEM, Clock, Instant
+from services.runtime.logs import Log
+
+QUEUE_MAX: Final = 4_096
+"""Functions that wait for the owner. One takes some 10 µs; a full queue is a stuck disk."""
+TURN_MAX: Final = 256
+"""Functions between two ticks: no flood of calls holds up a deadline."""
+BATCH_MAX: Final = 256
+BUSY_RETRY_MS: Final = 100
+IDLE_MS_MAX: Final = 60_000
+"""The owner looks at the clock at least this often, whatever the core said."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class _Slot:
+    """Where one caller waits for one result."""
+
+    __slots__ = ("_latch", "error", "result")
+
+    def __init__(self) -> None:
+        self._latch = threading.Lock()
+        self._latch.acquire()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def put(self, result: Any, error: BaseException | None = None) -> None:
+        self.result, self.error = result, error
+        self._latch.release()
+
+    def take(self, timeout_ms: int | None) -> Any:
+        if not self._latch.acquire(timeout=-1 if timeout_ms is None else max(0, timeout_ms) / 1000):
+            raise failure.of("DEADLINE")
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class Loop:
+    """The owner thread of one core. Nothing runs before `start`."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        on_tick: Callable[[Instant], int | None],
+        log: Log,
+        halt: Callable[[], None],
+        clock: Clock = SYSTEM,
+        queue_max: int = QUEUE_MAX,
+    ) -> None:
+        """`on_tick(now)` does what is due and says in how many ms it wants to be asked again."""
+        self.name, self._on_tick, self._log, self._halt = name, on_tick, log, halt
+        self._clock, self._queue_max = clock, queue_max
+        self._queue: deque[tuple[Callable[[], Any], _Slot | None]] = deque()
+        self._changed = threading.Condition(threading.Lock())
+        self._closed = False
+        self._woken = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def call(self, function: Callable[[], _Result], timeout_ms: int | None = None) -> _Result:
+        """Run `function` in the owner thread; give back what it returns, raise what it raises.
+
+        DEADLINE after `timeout_ms`; whether the function has run is then not known. In the owner
+        thread itself it runs at once.
+        """
+        if self.is_owner():
+            return function()
+        slot = _Slot()
+        self._submit(function, slot)
+        result: _Result = slot.take(timeout_ms)
+        return result
+
+    def post(self, function: Callable[[], Any]) -> None:
+        """Run `function` in the owner thread, later; nobody waits for it."""
+        self._submit(function, None)
+
+    def wake(self) -> None:
+        """Tick soon, since something has changed that the core will ask about."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    def is_owner(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def depth(self) -> int:
+        """Functions that wait."""
+        return len(self._queue)
+
+    def stop(self, timeout_ms: int = 5_000) -> bool:
+        """Run what is queued, then end the thread; False if it is still busy after the timeout."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread.is_alive() and not self.is_owner():
+            self._thread.join(timeout_ms / 1000)
+        return not self._thread.is_alive()
+
+    def _submit(self, function: Callable[[], Any], slot: _Slot | None) -> None:
+        with self._changed:
+            if self._closed:
+                raise failure.of("RETRY_LATER")
+            if len(self._queue) >= self._queue_max:
+                raise failure.of("RATE", retry_after_ms=BUSY_RETRY_MS)
+            self._queue.append((function, slot))
+            if len(self._queue) == 1:
+                self._changed.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            self._log.error("loop.failed", error, loop=self.name)
+            self._give_up()
+            self._halt()
+
+    def _turn(self) -> bool:
+        """Some of what is queued, one tick, one wait. False: this was the last turn."""
+        for _ in range(TURN_MAX):
+            with self._changed:
+                if not self._queue:
+                    break
+                function, slot = self._queue.popleft()
+            self._perform(function, slot)
+        timeout_ms = self._on_tick(self._clock.instant())
+        with self._changed:
+            if self._closed and not self._queue:
+                return False
+            if not self._queue and not self._woken:
+                wait_ms = IDLE_MS_MAX if timeout_ms is None else min(timeout_ms, IDLE_MS_MAX)
+                self._changed.wait(max(0, wait_ms) / 1000)
+            self._woken = False
+        return True
+
+    def _perform(self, function: Callable[[], Any], slot: _Slot | None) -> None:
+        if slot is None:
+            function()
+            return
+        try:
+            result = function()
+        except InvariantViolation as error:
+            slot.put(None, error)
+            raise
+        except Exception as error:
+            slot.put(None, error)
+        else:
+            slot.put(result)
+
+    def _give_up(self) -> None:
+        with self._changed:
+            self._closed = True
+            waiting, self._queue = self._queue, deque()
+        for _, slot in waiting:
+            if slot is not None:
+                slot.put(None, failure.of("RETRY_LATER"))
+
+
+class Batcher(Generic[_Item, _Result]):
+    """Callers hand in items; the owner thread handles them many at a time, in their order."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        handler: Callable[[list[_Item]], Sequence[_Result | FabricError]],
+        *,
+        batch_max: int = BATCH_MAX,
+        queue_max: int = QUEUE_MAX,
+    ) -> None:
+        """`handler(items)` answers each item, with a failure where that one is refused."""
+        invariant(0 < batch_max <= queue_max, "a batch is at least one and at most the queue")
+        self._loop, self._handler = loop, handler
+        self._batch_max, self._queue_max = batch_max, queue_max
+        self._waiting: deque[tuple[_Item, _Slot]] = deque()
+        self._lock = threading.Lock()
+        self._scheduled = False
+
+    def submit(self, item: _Item, timeout_ms: int | None = None) -> _Result:
+        """Block until the batch with `item` was handled; raise its failure if it got one."""
+        return self.submit_all([item], timeout_ms)[0]
+
+    def submit_all(self, items: Sequence[_Item], timeout_ms: int | None = None) -> list[_Result]:
+        """All `items`, one after the other; the first failure among them is raised."""
+        answers = self.outcomes(items, timeout_ms)
+        for answer in answers:
+            if isinstance(answer, FabricError):
+                raise answer
+        return [answer for answer in answers if not isinstance(answer, FabricError)]
+
+    def outcomes(
+        self, items: Sequence[_Item], timeout_ms: int | None = None
+    ) -> list[_Result | FabricError]:
+        """What became of each item, in their order. Not for the owner: it would wait for itself."""
+        invariant(not self._loop.is_owner(), "the owner does not wait for a batch of its own")
+        slots = [(item, _Slot()) for item in items]
+        with self._lock:
+            if len(self._waiting) + len(slots) > self._queue_max:
+                raise failure.of("RATE", retry_after_ms=BUSY_RETRY_MS)
+            self._waiting.extend(slots)
+            needs_schedule, self._scheduled = not self._scheduled, True
+        if needs_schedule:
+            self._schedule()
+        return [_answer(slot, timeout_ms) for _, slot in slots]
+
+    def _schedule(self) -> None:
+        try:
+            self._loop.post(self._handle)
+        except FabricError as refusal:
+            with self._lock:
+                self._scheduled = False
+                refused, self._waiting = self._waiting, deque()
+            for _, slot in refused:
+                slot.put(refusal)
+
+    def _handle(self) -> None:
+        """One batch, in the owner thread; then another if more has gathered in the meantime."""
+        with self._lock:
+            count = min(len(self._waiting), self._batch_max)
+            batch = [self._waiting.popleft() for _ in range(count)]
+        try:
+            answers: Sequence[Any] = self._handler([item for item, _ in batch])
+            invariant(len(answers) == len(batch), "a batch's handler answers each item")
+        except FabricError as refusal:
+            answers = [refusal] * len(batch)
+        except BaseException as error:
+            for _, slot in batch:
+                slot.put(None, error)
+            self._fail_rest()
+            raise
+        for (_, slot), answer in zip(batch, answers, strict=True):
+            slot.put(answer)
+        with self._lock:
+            again = self._scheduled = bool(self._waiting)
+        if again:
+            self._schedule()
+
+    def _fail_rest(self) -> None:
+        with self._lock:
+            rest, self._waiting = self._waiting, deque()
+        for _, slot in rest:
+            slot.put(failure.of("RETRY_LATER"))
+
+
+def _answer(slot: _Slot, timeout_ms: int | None) -> Any:
+    return slot.take(timeout_ms)
