@@ -1,0 +1,135 @@
+"""The counter of a node agent: the process that holders talk to.
+
+It has what holders need, their bytes and nothing else: duplicates of the memory of bound leases and
+the keys of bound blocks, no signing key, no record, no say. Control starts it, tells it what is open
+and kills it when it does not let go; whoever is killed here loses connections, not leases.
+
+    python -m services.nodeagent.front --link <fd> --gate <fd> --listen <endpoint> …
+
+Rules. It ends with control: by the kernel's signal when the thread that started it ends, and at the
+end of file on the link. It writes no file but the two sockets that it listens on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import resource
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from grafos_core import failure
+from grafos_proto.v1 import node_pb2_grpc
+from grafos_proto.wire.credentials import IdentityFiles
+from services.nodeagent.datapath import DataPath, LeaseTable
+from services.nodeagent.frontblock import BlockShelf
+from services.nodeagent.frontdesk import ControlLine, FrontDesk
+from services.nodeagent.gatepage import GatePage
+from services.nodeagent.handover import HandoverServer, Offers
+from services.nodeagent.holders import NodeServicer, Places
+from services.nodeagent.ipc import Link
+from services.nodeagent.sessions import Sessions
+from services.runtime.clock import SYSTEM
+from services.runtime.logs import Log
+from services.runtime.server import Limits, Listener, Server, Service, serve
+
+_PR_SET_PDEATHSIG: Final = 1
+STOP_MS: Final = 1_000
+"""For calls in flight when the agent drains."""
+LIMITS: Final = replace(Limits(), calls_per_second_max=20_000, calls_per_identity_max=96)
+"""One holder may move small blocks as fast as one core serves them."""
+
+
+def main() -> None:
+    flags = _flags()
+    die_with_parent(flags.parent)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold tenants' bytes
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # control drains us; a terminal's ^C is not for us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Front(flags).run()
+
+
+class Front:
+    """The rooms of this process and how they hang together."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self._flags = flags
+        self._identity = IdentityFiles(Path(flags.identity_dir))
+        self._log = Log("front", level=flags.log_level)
+        self._link = Link.from_fd(flags.link)
+        table = LeaseTable()
+        line = ControlLine(self._link, table)
+        self._sessions = Sessions(line)
+        self._data = DataPath(
+            GatePage.attach(flags.gate), table, SYSTEM.boot_ns, line.device_failed
+        )
+        self._line, self._offers = line, Offers()
+        self._server: Server | None = None
+        shelf = BlockShelf(Path(flags.block_file), flags.block_bytes)
+        self._desk = FrontDesk(
+            line, self._data, self._sessions, shelf.storage, self._reload, self._stop
+        )
+
+    def run(self) -> None:
+        reader = threading.Thread(target=self._link.serve, args=[self._desk.handle], name="link")
+        reader.start()
+        HandoverServer(self._offers, self._sessions, self._line, SYSTEM.boot_ms).start(
+            Path(self._flags.handover)
+        )
+        self._server = serve(
+            [self._listener()],
+            provider=self._identity,
+            trust_domain=self._identity().identity.trust_domain,
+            log=self._log,
+        )
+        self._link.send({"op": "ready", "endpoint": self._server.endpoints[0]})
+        reader.join()
+        os._exit(0)  # control is gone: nothing here is worth another moment
+
+    def _listener(self) -> Listener:
+        places = Places(self._flags.handover, LIMITS.calls_max // 2)
+        servicer = NodeServicer(
+            self._line, self._data, self._sessions, self._offers, places, SYSTEM.boot_ms
+        )
+        service = Service(
+            "grafos.v1.NodeService", node_pb2_grpc.add_NodeServiceServicer_to_server, servicer
+        )
+        return Listener(self._flags.listen, [service], limits=LIMITS)
+
+    def _reload(self) -> None:
+        self._identity.load()
+
+    def _stop(self) -> None:
+        if self._server is not None:
+            self._server.stop(STOP_MS)
+
+
+def die_with_parent(parent: int) -> None:
+    """SIGKILL for this process when the thread that started it ends: no front without control."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise failure.of("INTERNAL", os.strerror(ctypes.get_errno()))
+    if os.getppid() != parent:  # it ended before we had asked for the signal
+        os._exit(0)
+
+
+def _flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="front", description="Started by the node agent.")
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--link", type=int, required=True)
+    parser.add_argument("--gate", type=int, required=True)
+    parser.add_argument("--listen", required=True)
+    parser.add_argument("--identity-dir", required=True)
+    parser.add_argument("--handover", required=True)
+    parser.add_argument("--block-file", default="")
+    parser.add_argument("--block-bytes", type=int, default=0)
+    parser.add_argument("--log-level", default="info")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

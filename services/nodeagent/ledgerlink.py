@@ -1,0 +1,189 @@
+"""The node's line to the ledger: registers each second, reports what was bound, sends receipts.
+
+Rules. Everything here repeats until it is acknowledged, and everything it sends may arrive twice.
+A receipt is signed anew at each sending, with the key that is in force then. What comes back is
+handed to control as it came; nothing is decided here. Two threads, so that a slow answer to one kind
+of message does not hold up the other: registration carries the readiness evidence and must be on
+time. A ledger that is away costs one try per back-off period, never a tenant's time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from grafos_core.failure import FabricError
+from grafos_proto.v1 import ledger_pb2, ledger_pb2_grpc
+from grafos_proto.wire import failures
+from grafos_proto.wire.credentials import PeerChannel
+from services.runtime.faults import fault
+
+REGISTER_S: Final = 1.0
+"""The registration lives for 3 s: two renewals may get lost."""
+CALL_S: Final = 2.0
+RECEIPTS_MAX: Final = 256
+BOUND_MAX: Final = 1_024
+BACK_OFF_S_MIN, BACK_OFF_S_MAX = 0.05, 2.0
+
+Claims = Mapping[str, Any]
+Reported = tuple[str, int, int]
+"""(lease id, epoch, generation) of a lease that was bound."""
+
+
+class Owner(Protocol):
+    """Control, as seen from here. All of it is thread-safe and returns at once."""
+
+    def registration(self) -> ledger_pb2.RegisterRequest:
+        """What the node says of itself now."""
+
+    def registered(self, response: ledger_pb2.RegisterResponse) -> None: ...
+
+    def unreachable(self, cause: FabricError) -> None: ...
+
+    def credited(self, lease_id: str, refusal: FabricError | None) -> None: ...
+
+    def bound_reported(self, report: Reported, refusal: FabricError | None) -> None: ...
+
+
+@dataclass(slots=True)
+class Outbox:
+    """What waits to be sent, and the one thing that wakes the thread that sends it."""
+
+    wake: threading.Condition
+    receipts: dict[str, Claims]
+    bound: dict[str, Reported]
+    stopped: bool = False
+
+    @staticmethod
+    def empty() -> Outbox:
+        return Outbox(threading.Condition(), {}, {})
+
+
+class LedgerLink:
+    """Constructed without effect; `start` makes the two threads."""
+
+    def __init__(self, channel: PeerChannel, owner: Owner, sign: Callable[[Claims], str]) -> None:
+        self._channel, self._owner, self._sign = channel, owner, sign
+        self._outbox = Outbox.empty()
+        self._register_now = threading.Event()
+
+    def start(self) -> None:
+        for work in (self._register_always, self._report_always):
+            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
+
+    def stop(self) -> None:
+        with self._outbox.wake:
+            self._outbox.stopped = True
+            self._outbox.wake.notify_all()
+        self._register_now.set()
+
+    def register_soon(self) -> None:
+        """Something that the registration carries has changed."""
+        self._register_now.set()
+
+    def send_receipt(self, lease_id: str, claims: Claims) -> None:
+        """Until the ledger acknowledges it. A second receipt for a lease replaces the first."""
+        with self._outbox.wake:
+            self._outbox.receipts[lease_id] = claims
+            self._outbox.wake.notify_all()
+
+    def report_bound(self, report: Reported) -> None:
+        with self._outbox.wake:
+            self._outbox.bound[report[0]] = report
+            self._outbox.wake.notify_all()
+
+    def forget_bound(self, lease_id: str) -> None:
+        """The lease has ended: its receipt says more."""
+        with self._outbox.wake:
+            self._outbox.bound.pop(lease_id, None)
+
+    def wait_sent(self, timeout_s: float) -> bool:
+        """Whether every receipt was acknowledged in time."""
+        with self._outbox.wake:
+            return self._outbox.wake.wait_for(lambda: not self._outbox.receipts, timeout_s)
+
+    def _register_always(self) -> None:
+        while not self._outbox.stopped:
+            self._register_now.clear()
+            try:
+                self._owner.registered(self._register())
+            except FabricError as cause:
+                self._owner.unreachable(cause)
+            self._register_now.wait(REGISTER_S)
+
+    def _register(self) -> ledger_pb2.RegisterResponse:
+        with failures.status_to_failures():
+            return self._stub().Register(self._owner.registration(), timeout=CALL_S)
+
+    def _report_always(self) -> None:
+        back_off_s = BACK_OFF_S_MIN
+        while not self._outbox.stopped:
+            bound, receipts = self._next_batch()
+            try:
+                self._report(bound)
+                self._credit(receipts)
+                back_off_s = BACK_OFF_S_MIN
+            except (FabricError, OSError):
+                self._pause(back_off_s)
+                back_off_s = min(2 * back_off_s, BACK_OFF_S_MAX)
+
+    def _next_batch(self) -> tuple[list[Reported], dict[str, Claims]]:
+        box = self._outbox
+        with box.wake:
+            box.wake.wait_for(lambda: box.bound or box.receipts or box.stopped)
+            bound = list(box.bound.values())[:BOUND_MAX]
+            return bound, dict(list(box.receipts.items())[:RECEIPTS_MAX])
+
+    def _pause(self, seconds: float) -> None:
+        with self._outbox.wake:
+            self._outbox.wake.wait_for(lambda: self._outbox.stopped, seconds)
+
+    def _report(self, bound: list[Reported]) -> None:
+        if not bound:
+            return
+        about = self._owner.registration()
+        request = ledger_pb2.ReportBoundRequest(
+            node_id=about.node_id,
+            incarnation=about.incarnation,
+            bound=[
+                ledger_pb2.Bound(lease_id=lease_id, epoch=epoch, generation=generation)
+                for lease_id, epoch, generation in bound
+            ],
+        )
+        with failures.status_to_failures():
+            response = self._stub().ReportBound(request, timeout=CALL_S)
+        for report, outcome in zip(bound, response.outcomes, strict=True):
+            with self._outbox.wake:
+                if self._outbox.bound.get(report[0]) == report:
+                    del self._outbox.bound[report[0]]
+            self._owner.bound_reported(report, refusal_of(outcome))
+
+    def _credit(self, receipts: dict[str, Claims]) -> None:
+        if not receipts:
+            return
+        fault("credit.send")
+        request = ledger_pb2.CreditRequest(receipts=[self._sign(c) for c in receipts.values()])
+        with failures.status_to_failures():
+            response = self._stub().Credit(request, timeout=CALL_S)
+        waiting = False
+        for (lease_id, claims), outcome in zip(receipts.items(), response.outcomes, strict=True):
+            refusal = refusal_of(outcome)
+            if refusal is not None and refusal.retryable:
+                waiting = True
+                continue
+            with self._outbox.wake:
+                if self._outbox.receipts.get(lease_id) is claims:
+                    del self._outbox.receipts[lease_id]
+                self._outbox.wake.notify_all()
+            self._owner.credited(lease_id, refusal)
+        if waiting:
+            self._pause(BACK_OFF_S_MAX)
+
+    def _stub(self) -> ledger_pb2_grpc.LedgerServiceStub:
+        return ledger_pb2_grpc.LedgerServiceStub(self._channel.get())
+
+
+def refusal_of(outcome: ledger_pb2.Outcome) -> FabricError | None:
+    return failures.failure_of(outcome.failure) if outcome.HasField("failure") else None
