@@ -36,6 +36,8 @@ from services.runtime.methods import Method
 
 NO_DEADLINE_S: Final = 10**9
 """gRPC says 9.2e18 s where the caller set none."""
+CHAIN_MAX: Final = 16
+"""Exceptions behind one another that are looked at."""
 METADATA_ENTRY_BYTES: Final = 32
 """What HTTP/2 counts for each entry beside its name and value (RFC 9113, section 6.5.2)."""
 
@@ -157,18 +159,40 @@ class Gate:
         """End the call with what `error` means to its caller."""
         if type(error) is grpc.RpcError:
             raise error  # the caller is gone; gRPC itself says so in this way
+        try:
+            return failures.abort(context, self._refusal(method, context, error))
+        finally:
+            _forget_frames(error)
+
+    def _refusal(self, method: str, context: grpc.ServicerContext, error: Exception) -> FabricError:
+        """What the caller gets to know, once the rest is logged and counted."""
         if isinstance(error, _Malformed):
             error = failure.of("INTERNAL", "the message cannot be parsed", cause="malformed")
         if isinstance(error, FabricError) and (error.code != "INTERNAL" or error.cause):
             self.meters.refused(method, error)
-            return failures.abort(context, error)
+            return error
         incident_id = getattr(error, "incident_id", "") or secrets.token_hex(8)
         self.log.error("call.failed", error, method=method, incident_id=incident_id)
         internal = failure.of("INTERNAL", incident_id=incident_id)
         self.meters.refused(method, internal)
         if isinstance(error, InvariantViolation) and not context.add_callback(self.halt):
             self.halt()
-        return failures.abort(context, internal)
+        return internal
+
+
+def _forget_frames(error: BaseException) -> None:
+    """Let go of the frames that an exception went through.
+
+    One that is still referred to from its own frames, as after `raise self.error`, would keep them,
+    with the call that they serve, until the garbage collector comes; and an open call is a stream
+    that counts against its connection's limit.
+    """
+    seen: BaseException | None = error
+    for _ in range(CHAIN_MAX):
+        if seen is None:
+            return
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
 
 
 def _time_left_ms(policy: Method, left_s: float) -> int:

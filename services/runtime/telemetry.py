@@ -50,6 +50,8 @@ COUNTERS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "grafos_preemptions": ("Leases taken back for others", ()),
     "grafos_epoch_rejects": ("Operations refused at the gate", ("kind",)),
     "grafos_audit_verify_failures": ("Records that did not verify", ()),
+    "grafos_ledger_events": ("Events made durable", ()),
+    "grafos_nodes_forgotten": ("Nodes that an operator gave up", ()),
     "grafos_call_failures": ("Calls that ended in a failure", ("method", "code")),
 }
 HISTOGRAMS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
@@ -57,6 +59,7 @@ HISTOGRAMS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "grafos_lease_deadline_overrun_seconds": ("From a deadline to the end of access", ("kind",)),
     "grafos_teardown_seconds": ("From the end of access to the receipt", ("kind", "result")),
     "grafos_admission_wait_seconds": ("Waiting for evidence and capacity", ("kind",)),
+    "grafos_ledger_commit_seconds": ("From a batch's last decision until it is durable", ()),
     "grafos_call_seconds": ("From the headers to the answer", ("method",)),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import grpc
@@ -118,3 +119,21 @@ def test_a_trailer_that_is_no_failure_is_passed_over(world: World) -> None:
     with pytest.raises(failure.Denied) as caught, failures.status_to_failures():
         world.stub().Read(REQUEST, timeout=5)
     assert caught.value.code == "NOT_FOUND"
+
+
+def test_a_failed_call_leaves_no_stream_open_even_while_the_collector_is_off(world: World) -> None:
+    """A failure that its own frames refer to would keep its call, and with it a stream, alive."""
+
+    def keeps_what_it_raises(request: Any, context: grpc.ServicerContext) -> None:
+        kept = failure.of("LEASE_EXPIRED")
+        raise kept
+
+    world.node.behaviour = keeps_what_it_raises
+    stub = world.stub()
+    gc.disable()
+    try:
+        for _ in range(40):  # more than a connection may have streams
+            with pytest.raises(failure.LeaseExpired), failures.status_to_failures():
+                stub.Read(REQUEST, timeout=5)
+    finally:
+        gc.enable()
