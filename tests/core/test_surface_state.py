@@ -21,7 +21,7 @@ MEM: dict[str, Any] = {
 BLOCK: dict[str, Any] = MEM | {"kind": "block", "amount": 4, "extent_offset": 8}
 
 
-def record(kind: str, lease_id: str = "a", epoch: int = 5, **body: Any) -> Record:
+def record(kind: str, lease_id: str = "a", epoch: int = 5, /, **body: Any) -> Record:
     return CHAIN.append(
         kind, wall_ms=1, boottime_ns=1, lease_id=lease_id, epoch=epoch, body=body
     )  # fmt: skip
