@@ -88,6 +88,12 @@ class CapacityBook:
         self.total = total
         return True
 
+    def least_total(self) -> int:
+        """The least that can be offered now: extents end where the last block in use does."""
+        if self._extents:
+            return self._extents.used_end()
+        return self.total - self._places[Place.FREE]
+
     def view(self, *, available: bool) -> BookView:
         free = self._places[Place.FREE]
         largest = self._extents.largest() if self._extents else free
@@ -167,6 +173,11 @@ class ExtentMap:
             self.take(total, self._total - total)
             self._total = total
         return True
+
+    def used_end(self) -> int:
+        """Behind the last block that is not free."""
+        last_free = bool(self._ends) and self._ends[-1] == self._total
+        return self._starts[-1] if last_free else self._total
 
     def check(self, free: int) -> None:
         runs = list(zip(self._starts, self._ends, strict=True))

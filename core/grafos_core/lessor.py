@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from grafos_core import failure, spiffe
-from grafos_core.books import BookView, Place
+from grafos_core.books import BookView
 from grafos_core.commands import (
     Attach,
     Burn,
@@ -421,12 +421,17 @@ class Lessor:
         return self._commit(Event("lease.denied", now_ms, body=body))
 
     def _publish_key(self, ask: PublishKey, now_ms: int) -> Step:
-        known = self.state.keys.get(ask.key.key_id)
-        if known == ask.key:
+        self._check_key(ask.key)
+        if self.state.keys.get(ask.key.key_id) == ask.key:
             return Step()
-        if known is not None and known.public_key != ask.key.public_key:
-            raise failure.of("DENIED", "another key has this id")
         return self._commit(_key_event(ask.key, now_ms))
+
+    def _check_key(self, key: PublishedKey) -> None:
+        """What somebody published is theirs: who knows a public key cannot claim it."""
+        known = self.state.keys.get(key.key_id)
+        theirs = (key.public_key, key.owner, key.use)
+        if known is not None and theirs != (known.public_key, known.owner, known.use):
+            raise failure.of("DENIED", "another key or owner has this id")
 
     # nodes
 
@@ -451,6 +456,7 @@ class Lessor:
         return Step((*events, *more))
 
     def _check_registration(self, ask: Register, node: Node | None) -> None:
+        self._check_key(ask.receipt_key)
         if node is not None and node.incarnation != ask.incarnation and node.held:
             raise failure.of(
                 "LIVE_LEASES",
@@ -463,7 +469,7 @@ class Lessor:
             raise failure.of("ROLLBACK", "the node's boot epoch went back")
         for kind, total in ask.offers.items():
             book = node.books.get(kind)
-            if book is not None and total < book.total - book.amount(Place.FREE):
+            if book is not None and total < book.least_total():
                 raise failure.of("LIVE_LEASES", f"{kind}: more is held than is offered now")
 
     def _differs(self, ask: Register, node: Node) -> bool:
