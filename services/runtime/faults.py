@@ -70,6 +70,7 @@ POINTS: Final[dict[str, str]] = {
     "front.read": "reading for a holder",
     "front.write": "writing for a holder",
     "spool.send": "sending records to the collector",
+    "receipt.send": "signing and sending receipts",
     "credit.send": "sending receipts to the ledger",
     "register.send": "renewing the node's registration",
     "identity.renew": "renewing a certificate",

@@ -84,6 +84,7 @@ class Loop:
         self._changed = threading.Condition(threading.Lock())
         self._closed = False
         self._woken = False
+        self._at_halt: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -111,6 +112,10 @@ class Loop:
         with self._changed:
             self._woken = True
             self._changed.notify()
+
+    def at_halt(self, abandon: Callable[[], None]) -> None:
+        """Call `abandon()` when the owner has failed, so that nobody waits for it in vain."""
+        self._at_halt.append(abandon)
 
     def is_owner(self) -> bool:
         return threading.current_thread() is self._thread
@@ -186,6 +191,8 @@ class Loop:
         for _, slot in waiting:
             if slot is not None:
                 slot.put(None, failure.of("RETRY_LATER"))
+        for abandon in self._at_halt:
+            abandon()
 
 
 class Batcher(Generic[_Item, _Result]):
@@ -206,6 +213,8 @@ class Batcher(Generic[_Item, _Result]):
         self._waiting: deque[tuple[_Item, _Slot]] = deque()
         self._lock = threading.Lock()
         self._scheduled = False
+        self._broken = False
+        loop.at_halt(self._abandon)
 
     def submit(self, item: _Item, timeout_ms: int | None = None) -> _Result:
         """Block until the batch with `item` was handled; raise its failure if it got one."""
@@ -226,6 +235,8 @@ class Batcher(Generic[_Item, _Result]):
         invariant(not self._loop.is_owner(), "the owner does not wait for a batch of its own")
         slots = [(item, _Slot()) for item in items]
         with self._lock:
+            if self._broken:
+                raise failure.of("RETRY_LATER")
             if len(self._waiting) + len(slots) > self._queue_max:
                 raise failure.of("RATE", retry_after_ms=BUSY_RETRY_MS)
             self._waiting.extend(slots)
@@ -257,7 +268,6 @@ class Batcher(Generic[_Item, _Result]):
         except BaseException as error:
             for _, slot in batch:
                 slot.put(None, error)
-            self._fail_rest()
             raise
         for (_, slot), answer in zip(batch, answers, strict=True):
             slot.put(answer)
@@ -266,8 +276,9 @@ class Batcher(Generic[_Item, _Result]):
         if again:
             self._schedule()
 
-    def _fail_rest(self) -> None:
+    def _abandon(self) -> None:
         with self._lock:
+            self._broken = True
             rest, self._waiting = self._waiting, deque()
         for _, slot in rest:
             slot.put(failure.of("RETRY_LATER"))
