@@ -71,6 +71,15 @@ class Limits:
         ]
 
 
+SERVICE_LIMITS: Final = Limits(
+    streams_per_connection_max=64,
+    connections_max=4,
+    calls_per_identity_max=256,
+    connection_age_ms_max=300_000,
+)
+"""For listeners that tenants do not reach: few callers, each with much to say."""
+
+
 @dataclass(slots=True)
 class _Budget:
     in_flight: int = 0

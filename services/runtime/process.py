@@ -111,6 +111,7 @@ class Process:
             log=self.log,
             metrics=self.metrics,
             clock=self.clock,
+            halt=self.halt,
         )
         names = ["", *(service.name for each in listeners for service in each.services)]
 
@@ -227,6 +228,8 @@ def run_service(process: Process, start: Callable[[Process], Any]) -> int:
     process.announce()
     process.wait()
     process.drain()
+    if process.server is not None and process.server.in_flight():
+        os._exit(0)  # a handler that outlived its grace must not keep the interpreter waiting
     return 0
 
 
