@@ -31,6 +31,7 @@ from services.runtime.clock import SYSTEM, Clock
 from services.runtime.faults import fault
 from services.runtime.flags import Values
 from services.runtime.health import DRAINING, HttpListener, Readiness
+from services.runtime.identity import first_identity
 from services.runtime.logs import Log
 from services.runtime.server import Listener, Server, halt_process, serve
 
@@ -94,10 +95,10 @@ class Process:
         files, socket_path = IdentityFiles(directory), self.values.identity_socket
         now_ms = self.clock.wall_ms()
         if socket_path and not _is_in_force(files, now_ms):
-            descriptor = self.values.secret_fd
-            secret = None if descriptor is None else wire.read_spawn_secret(descriptor)
-            key = files.key()
-            files.save(wire.request_identity(socket_path, key, secret=secret, now_ms=now_ms))
+            if self.values.secret_fd is not None:
+                first_identity(files, socket_path, self.values.secret_fd, now_ms=now_ms)
+            else:
+                files.save(wire.request_identity(socket_path, files.key(), now_ms=now_ms))
         files.load().check(now_ms)
         self._keep_fresh(files, socket_path)
         return files

@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 
 from grafos_core import failure
 from grafos_core.failure import invariant
-from grafos_proto.wire.credentials import Credentials, Provider, make_private_directory
+from grafos_proto.wire.credentials import Provider, make_private_directory
 from services.runtime import telemetry
 from services.runtime.calls import (
     Call,
@@ -39,6 +39,7 @@ from services.runtime.calls import (
     peer,
 )
 from services.runtime.clock import SYSTEM, Clock
+from services.runtime.identity import server_credentials
 from services.runtime.limits import Callers, Limits
 from services.runtime.logs import Log
 from services.runtime.methods import METHODS, UNLISTED, Method
@@ -186,37 +187,12 @@ def _bind(server: grpc.Server, endpoint: str, provider: Provider) -> str:
             )
         make_private_directory(path.parent)
     try:
-        port = server.add_secure_port(endpoint, _server_credentials(provider))
+        port = server.add_secure_port(endpoint, server_credentials(provider))
     except RuntimeError:
         raise failure.of("UNREACHABLE", f"cannot listen on {endpoint}") from None
     if endpoint.startswith("unix:"):
         return endpoint
     return f"{endpoint.rpartition(':')[0]}:{port}"
-
-
-def _server_credentials(provider: Provider) -> grpc.ServerCredentials:
-    """gRPC asks at each handshake whether there is another certificate by now."""
-    shown = provider()
-    latest = [shown.chain_pem]
-
-    def fetch() -> grpc.ServerCertificateConfiguration | None:
-        now = provider()
-        if now.chain_pem == latest[0]:
-            return None
-        latest[0] = now.chain_pem
-        return _configuration(now)
-
-    return grpc.dynamic_ssl_server_credentials(
-        _configuration(shown),
-        fetch,  # type: ignore[arg-type]  # the stubs forget that None is an answer
-        require_client_authentication=True,
-    )
-
-
-def _configuration(shown: Credentials) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration(
-        [(shown.key_pem, shown.chain_pem)], root_certificates=shown.bundle_pem
-    )
 
 
 class _Wrapping(grpc.ServerInterceptor):
