@@ -29,7 +29,7 @@ from grafos_core.chain import EventKind
 from grafos_core.epochs import EpochWindow
 from grafos_core.failure import FabricError, invariant
 from grafos_core.gate import refused
-from grafos_core.lease import EndCause, Kind, LeaseId, OnHolderExit
+from grafos_core.lease import EPOCH_MAX, EndCause, Kind, LeaseId, OnHolderExit
 from grafos_core.node_effects import (
     Answer,
     Bound,
@@ -503,6 +503,9 @@ class NodeCore(Endings):
         grace_ms: int, now: Instant,
     ) -> list[Effect]:  # fmt: skip
         lease = self._leases.get(target.lease_id)
+        if lease is None and not _is_sound(target):
+            wrong = failure.of("RANGE", lease_id=target.lease_id, epoch=target.epoch)
+            return [] if request is None else [Answer(request, wrong)]
         if lease is None:
             effects, lease = self._burn(target, cause, now)
         elif lease.epoch != target.epoch:
@@ -605,3 +608,8 @@ class NodeCore(Endings):
         expired = cause == "deadline"
         end = EndCause.EXPIRED if expired else EndCause.AGENT_LOST
         return effects + self._end(lease, end, "taken back by the warden", now)
+
+
+def _is_sound(target: Target) -> bool:
+    """Whether such a lease could have been granted at all."""
+    return 1 <= target.epoch <= EPOCH_MAX and target.amount > 0 and target.extent_offset >= 0

@@ -118,6 +118,7 @@ class SurfaceState:
                 )
             case EventKind.AGENT_BURNT:
                 self._use(_slice(record))
+                self._open.pop(record.lease_id, None)  # a bind that failed left nothing behind
             case EventKind.AGENT_TEARDOWN_END:
                 self._open.pop(record.lease_id, None)
             case EventKind.AGENT_FENCED:
