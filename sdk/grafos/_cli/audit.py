@@ -1,0 +1,7 @@
+"""audit."""
+
+from grafos._cli.nouns import Tree
+
+
+def register(tree: Tree) -> None:
+    pass

@@ -1,0 +1,7 @@
+"""demo."""
+
+from grafos._cli.nouns import Tree
+
+
+def register(tree: Tree) -> None:
+    pass

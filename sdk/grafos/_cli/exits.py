@@ -1,0 +1,46 @@
+"""How a command ends: a status that scripts can rely on, and one line that people understand."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from grafos_core.failure import DeadlineExceeded, Denied, FabricError
+
+OK: Final = 0
+FAILED: Final = 1
+USAGE: Final = 2
+NOT_FOUND: Final = 3
+DENIED: Final = 4
+TIMEOUT: Final = 5
+INTERRUPTED: Final = 130
+
+_ADVICE: Final = {
+    "UNREACHABLE": "see `grafos status`; start a fabric with `grafos up`",
+    "DEADLINE": "see `grafos status` for who is not ready",
+    "NOT_READY": "see `grafos status` for the closed gates",
+    "ROLE": "operators are the user who ran `grafos up`, and root",
+    "IDENTITY": "this user's certificate is not this fabric's",
+    "CERT_EXPIRED": "check this machine's clock, then try again",
+    "NOT_FOUND": "list what there is: `grafos lease list`, `grafos node list`",
+    "LIVE_LEASES": "revoke them first: `grafos lease revoke`",
+    "JOIN_TOKEN": "make a new one: `grafos node token create <node id>`",
+    "RATE": "wait a moment and try again",
+}
+
+
+def exit_status(refusal: FabricError) -> int:
+    if refusal.code == "NOT_FOUND":
+        return NOT_FOUND
+    if isinstance(refusal, DeadlineExceeded):
+        return TIMEOUT
+    return DENIED if isinstance(refusal, Denied) else FAILED
+
+
+def explained(refusal: FabricError) -> str:
+    """The failure in one line."""
+    said = " ".join(str(refusal.detail or refusal).split())
+    line = f"{type(refusal).__name__} ({refusal.code}): {said}"
+    if refusal.incident_id:
+        line += f" [incident {refusal.incident_id}]"
+    advice = _ADVICE.get(refusal.code)
+    return f"{line}; {advice}" if advice else line

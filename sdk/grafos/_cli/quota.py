@@ -1,0 +1,7 @@
+"""quota."""
+
+from grafos._cli.nouns import Tree
+
+
+def register(tree: Tree) -> None:
+    pass
