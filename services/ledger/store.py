@@ -18,13 +18,9 @@ never tried again.
 
 from __future__ import annotations
 
-import binascii
-import errno
-import fcntl
 import os
 import secrets
 import sqlite3
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +31,10 @@ from grafos_core.chain import GENESIS, Chain, Record, Seal
 from grafos_core.commands import Event
 from grafos_proto.wire.credentials import make_private_directory
 from services.ledger.records import ORIGIN, to_event
-from services.runtime import signing
+from services.runtime import signing, sqlite
 from services.runtime.faults import fault
 from services.runtime.signing import SigningKey
+from services.runtime.sqlite import Mark, is_full
 
 SCHEMA_VERSION: Final = 1
 RESERVE_BYTES: Final = 16 * 1024 * 1024
@@ -54,8 +51,6 @@ _TABLES: Final = (
     """CREATE TABLE seal (number INTEGER PRIMARY KEY, hash BLOB NOT NULL, key_id TEXT NOT NULL,
        signature BLOB NOT NULL)""",
 )
-_SLOT: Final = struct.Struct("<8sQ32sI12x")
-_SLOT_MAGIC: Final = b"grafosAK"
 
 
 class Store:
@@ -65,8 +60,12 @@ class Store:
         self._directory, self._reserve_bytes = directory, reserve_bytes
         self._path = directory / "ledger.sqlite3"
         self._reserve = directory / "reserve"
-        self._lock = _hold_lock(directory / "lock")
-        self._acknowledged = _Acknowledged(directory / "acknowledged")
+        self._lock = sqlite.hold_lock(directory / "lock", "ledger")
+        try:
+            self._acknowledged = Mark(directory / "acknowledged")
+        except failure.FabricError:
+            os.close(self._lock)
+            raise
         self._connection: sqlite3.Connection
         self._commits = 0
         self.full = False
@@ -95,13 +94,12 @@ class Store:
     def _open(self) -> None:
         self._keep_reserve()
         size = self._path.stat().st_size if self._path.exists() else 0
-        log = self._path.with_name(self._path.name + "-wal")
-        if not size and (self._acknowledged.number or (log.exists() and log.stat().st_size)):
+        if sqlite.is_lost(self._path) or (not size and self._acknowledged.number):
             raise failure.of("STORAGE", "record 1: the event table is empty and should not be")
         if self._acknowledged.is_new and not (self._directory / "seal.key").exists():
             SigningKey.make(self._directory / "seal.key")
         self.key = SigningKey.load(self._directory / "seal.key")
-        self._connection = _connect(self._path)
+        self._connection = sqlite.connect(self._path)
         if not self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
             self._format()
         self._check_schema()
@@ -183,7 +181,7 @@ class Store:
         try:
             self._commit(records, seals)
         except (sqlite3.Error, OSError) as error:
-            if not _is_full(error) or not self._give_up_reserve():
+            if not is_full(error) or not self._give_up_reserve():
                 raise failure.of("STORAGE", f"a batch was not committed: {error}") from error
             try:
                 self._commit(records, seals)  # nothing was synced before: no sync is repeated
@@ -216,7 +214,7 @@ class Store:
         try:
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except sqlite3.Error as error:
-            if not _is_full(error) or not self._give_up_reserve():
+            if not is_full(error) or not self._give_up_reserve():
                 raise failure.of("STORAGE", f"the log was not folded in: {error}") from error
 
     def seek_room(self) -> None:
@@ -230,7 +228,7 @@ class Store:
             os.posix_fallocate(descriptor, 0, self._reserve_bytes)
             self.full = False
         except OSError as error:
-            if not _is_full(error):
+            if not is_full(error):
                 raise
             os.ftruncate(descriptor, 0)
             self.full = True
@@ -338,89 +336,3 @@ class _Verification:
 
     def _verify(self, key_id: str, message: bytes, signature: bytes) -> bool:
         return key_id == self.key.key_id and signing.verify(self.key.public_key, message, signature)
-
-
-class _Acknowledged:
-    """The last record that anybody was told of: number and hash, in two slots written in turn."""
-
-    def __init__(self, path: Path) -> None:
-        self.is_new = not path.exists()
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._turn = 0
-        self.number, self.hash = 0, GENESIS
-        slots = [self._read(index) for index in (0, 1)]
-        found = [slot for slot in slots if slot is not None]
-        if found:
-            self.number, self.hash = max(found)
-            self._turn = 1 - slots.index(max(found))
-        elif os.fstat(self._descriptor).st_size:
-            raise failure.of("STORAGE", "the file `acknowledged` is damaged")
-        else:
-            self.is_new = True
-
-    def _read(self, index: int) -> tuple[int, bytes] | None:
-        data = os.pread(self._descriptor, _SLOT.size, index * _SLOT.size)
-        if len(data) != _SLOT.size:
-            return None
-        magic, number, hash, checksum = _SLOT.unpack(data)
-        if magic != _SLOT_MAGIC or checksum != binascii.crc32(data[:48]):
-            return None
-        return number, hash
-
-    def format(self) -> None:
-        """Both slots with what is known, synced: from now on a missing file is a damage."""
-        if self.is_new:
-            self.write(self.number, self.hash)
-            self.write(self.number, self.hash)
-            os.fsync(self._descriptor)
-            self.is_new = False
-
-    def write(self, number: int, hash: bytes) -> None:
-        body = struct.pack("<8sQ32s", _SLOT_MAGIC, number, hash)
-        data = _SLOT.pack(_SLOT_MAGIC, number, hash, binascii.crc32(body))
-        os.pwrite(self._descriptor, data, self._turn * _SLOT.size)
-        self._turn = 1 - self._turn
-        self.number, self.hash = number, hash
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    try:
-        for name, value, expected in (
-            ("locking_mode", "EXCLUSIVE", "exclusive"), ("journal_mode", "WAL", "wal"),
-            ("synchronous", "FULL", 2), ("wal_autocheckpoint", "0", 0),
-        ):  # fmt: skip
-            connection.execute(f"PRAGMA {name}={value}").fetchall()
-            found = connection.execute(f"PRAGMA {name}").fetchone()[0]
-            if found != expected:
-                raise failure.of("STORAGE", f"SQLite keeps {name} at {found}")
-        connection.execute("BEGIN IMMEDIATE")  # takes the lock that nobody else gets from here on
-        connection.execute("COMMIT")
-    except sqlite3.Error as error:
-        connection.close()
-        if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY:
-            raise failure.of("PRECONDITION", "another process has the event table open") from error
-        raise failure.of("STORAGE", f"record 1: it cannot be read: {error}") from error
-    except failure.FabricError:
-        connection.close()
-        raise
-    return connection
-
-
-def _hold_lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise failure.of("PRECONDITION", "another ledger runs on this folder") from None
-    return descriptor
-
-
-def _is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
