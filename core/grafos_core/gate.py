@@ -237,8 +237,9 @@ class Gate:
 
     def free(self, lease_id: str) -> None:
         """The slice was proved back, or an operator's clear was recorded."""
-        gone = self._slices.pop(LeaseId(lease_id))
+        gone = self._slices[LeaseId(lease_id)]
         invariant(not gone.is_open, "a slice is closed before it is free")
+        del self._slices[gone.lease_id]
         self._sums[gone.kind] -= gone.amount
         if gone.kind.has_extents:
             self._extents[gone.kind].remove((gone.extent_offset, gone.extent_end))

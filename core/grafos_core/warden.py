@@ -90,7 +90,7 @@ class WardenCore:
             deadline_ms = max(deadline_ms, known.deadline_ms)
         self._held[key] = Held(key, slot, epoch, deadline_ms)
         self._timers.set(key, deadline_ms)
-        return self.tick(now_ms)
+        return self.agent_lost(now_ms) if self._agent_is_lost else self.tick(now_ms)
 
     def raise_deadline(self, lease_id: str, deadline_ms: int, now_ms: int) -> int | None:
         """The deadline that stands now, never earlier than before; None: not held any more."""
