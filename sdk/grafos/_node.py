@@ -1,0 +1,214 @@
+"""One node as this process sees it: what it is asked, and the session that stays open to it.
+
+Rules. Bytes that came back are looked at before they are believed: their number, their place, their
+checksum. Which of the node's answers mean that a lease is over is written once, in `end_of`. There
+is one `NodeLine` per node and process; it starts nothing before the first lease is bound.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Callable
+from typing import Any, Final
+
+from grafos import _clock
+from grafos._calls import Peer, new_request_id
+from grafos._session import LocalSession, Notice, Session, StreamSession
+from grafos_core import failure
+from grafos_core.failure import Denied, FabricError, Fenced, LeaseExpired, Revoked
+from grafos_core.spiffe import Identity, Role
+from grafos_proto.v1 import node_pb2, node_pb2_grpc
+from grafos_proto.wire.credentials import Provider
+
+CHUNK_BYTES_MAX: Final = 196_608
+"""Of one call: the node refuses more. A multiple of a block."""
+BIND_MS_MAX: Final = 10_000
+RELEASE_MS_MAX: Final = 8_000
+"""A teardown takes 5 s at the most, then it has failed; the credit is waited for 1 s more."""
+CREDIT_WAIT_MS: Final = 1_000
+DETACH_MS_MAX: Final = 5_000
+CAUSE_MS_MAX: Final = 1_000
+LOST_MS_MAX: Final = 500
+"""A session that is lost for longer is told of: the lease is in jeopardy."""
+_TO_THE_STREAM: Final = frozenset({"HOLDER_MISMATCH", "UNREACHABLE", "DEADLINE", "VERSION"})
+"""Refusals of a socket that may be another node's, or that has gone."""
+
+
+class NodeLine:
+    """Calls to one node's front, and the session with it. Thread-safe."""
+
+    def __init__(
+        self,
+        node_id: str,
+        endpoint: str,
+        provider: Provider,
+        session: str,
+        tell: Callable[[Notice], None],
+    ) -> None:
+        self.node_id, self.endpoint = node_id, endpoint
+        domain = provider().identity.trust_domain
+        who = Identity(domain, Role.NODE, None, node_id)
+        self._peer = Peer(endpoint, provider, who, node_pb2_grpc.NodeServiceStub)
+        self._session_id, self._tell = session, tell
+        self._lock = threading.Lock()
+        self._session: Session | None = None
+        self._lost_since_ms: int | None = None
+
+    def bind(self, verb: str, token: str) -> tuple[Any, int]:
+        """`Bind` or `Attach`: the answer, and when its request was sent, by boottime."""
+        request = node_pb2.BindRequest(token=token, session=self._session_id)
+        sent_ms = _clock.boot_ms()
+        return self._peer.ask(verb, request, BIND_MS_MAX), sent_ms
+
+    def extend(self, token: str, timeout_ms: float) -> Any:
+        request = node_pb2.ExtendRequest(token=token, session=self._session_id)
+        return self._peer.ask("Extend", request, timeout_ms)
+
+    def release(self, lease_id: str, epoch: int, timeout_ms: float = RELEASE_MS_MAX) -> Any:
+        request = node_pb2.NodeReleaseRequest(
+            request_id=new_request_id(),
+            lease_id=lease_id,
+            epoch=epoch,
+            credit_wait_ms=CREDIT_WAIT_MS,
+        )
+        return self._peer.call("Release", request, timeout_ms)
+
+    def detach(self, lease_id: str, epoch: int) -> None:
+        request = node_pb2.DetachRequest(lease_id=lease_id, epoch=epoch)
+        self._peer.ask("Detach", request, DETACH_MS_MAX)
+
+    def read(
+        self, lease_id: str, epoch: int, *, offset: int, length: int, timeout_ms: float
+    ) -> bytes:
+        """`length` bytes, in as many calls as it takes."""
+        end_ms, parts = _clock.boot_ms() + timeout_ms, []
+        for at in range(offset, offset + length, CHUNK_BYTES_MAX):
+            wanted = min(CHUNK_BYTES_MAX, offset + length - at)
+            request = node_pb2.ReadRequest(lease_id=lease_id, epoch=epoch, offset=at, length=wanted)
+            answer = self._peer.ask("Read", request, end_ms - _clock.boot_ms())
+            if len(answer.data) != wanted or answer.offset != at:
+                raise failure.of("LENGTH", "the node's answer", lease_id=lease_id, epoch=epoch)
+            if zlib.crc32(answer.data) != answer.checksum:
+                raise failure.of("CHECKSUM", "the node's answer", lease_id=lease_id, epoch=epoch)
+            parts.append(answer.data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def write(
+        self,
+        lease_id: str,
+        epoch: int,
+        *,
+        offset: int,
+        data: bytes | memoryview,
+        timeout_ms: float,
+        flush: bool = False,
+    ) -> None:
+        """All of `data`, in as many calls as it takes; with `flush`, the last one flushes."""
+        end_ms, view = _clock.boot_ms() + timeout_ms, memoryview(data)
+        for start in range(0, max(1, len(view)), CHUNK_BYTES_MAX):
+            part = bytes(view[start : start + CHUNK_BYTES_MAX])
+            request = node_pb2.WriteRequest(
+                lease_id=lease_id,
+                epoch=epoch,
+                offset=offset + start,
+                data=part,
+                length=len(part),
+                checksum=zlib.crc32(part),
+                has_checksum=True,
+                flush=flush and start + CHUNK_BYTES_MAX >= len(view),
+            )
+            answer = self._peer.ask("Write", request, end_ms - _clock.boot_ms())
+            if answer.written != len(part):
+                raise failure.of("LENGTH", "the node's answer", lease_id=lease_id, epoch=epoch)
+
+    def cause_of_end(self, lease_id: str, epoch: int) -> FabricError | None:
+        """Why a lease does not work any more, as the node says; None: it knows of no end.
+
+        Raises:
+            Disconnected: the node does not answer.
+        """
+        request = node_pb2.ReadRequest(lease_id=lease_id, epoch=epoch, offset=0, length=0)
+        try:
+            self._peer.call("Read", request, CAUSE_MS_MAX)
+        except FabricError as refused:
+            end = end_of(refused)
+            if end is None:
+                raise
+            return end
+        return None
+
+    def take_up(self, bound: Any) -> int | None:
+        """Join the session with a lease bound just now; its descriptor, where it is given out."""
+        if bound.handover_path and os.path.exists(bound.handover_path):
+            try:
+                return self._local(bound.handover_path).hand_over(
+                    bound.lease_id, bound.handover_secret
+                )
+            except FabricError as refused:
+                if refused.code not in _TO_THE_STREAM:
+                    raise
+        self._open_stream()
+        return None
+
+    def poll(self) -> None:
+        """Pass on what the node has said; open a broken session anew. Never waits."""
+        session = self._session
+        if session is None:
+            return
+        session.poll()
+        if not session.is_lost:
+            self._lost_since_ms = None
+            return
+        if self._lost_since_ms is None:
+            self._lost_since_ms = _clock.boot_ms()
+        self._open_stream()
+
+    def is_lost(self, now_ms: int) -> bool:
+        """Whether the session has been broken for a while."""
+        return self._lost_since_ms is not None and now_ms - self._lost_since_ms >= LOST_MS_MAX
+
+    def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+        self._peer.close()
+
+    def forget(self) -> None:
+        """In a forked child."""
+        if self._session is not None:
+            self._session.forget()
+
+    def _local(self, path: str) -> LocalSession:
+        with self._lock:
+            if isinstance(self._session, LocalSession) and not self._session.is_lost:
+                return self._session
+            session = LocalSession(path, self._session_id, self._tell)
+            before, self._session = self._session, session
+        if before is not None:
+            before.close()
+        return session
+
+    def _open_stream(self) -> None:
+        with self._lock:
+            if isinstance(self._session, StreamSession):
+                return
+            request = node_pb2.NoticesRequest(session=self._session_id)
+            if self._session is not None:
+                self._session.close()
+            self._session = StreamSession(
+                self.node_id, lambda: self._peer.stream("Notices", request), self._tell
+            )
+
+
+def end_of(refused: FabricError) -> FabricError | None:
+    """What a node's refusal says about the end of a lease that it had bound for us; None: nothing.
+
+    A node that does not know a lease any more has lost it together with its agent.
+    """
+    if isinstance(refused, LeaseExpired | Revoked | Fenced):
+        return refused
+    if isinstance(refused, Denied) and refused.code in ("NOT_FOUND", "HOLDER_MISMATCH"):
+        return failure.of("AGENT_LOST", "the node does not know the lease any more")
+    return None

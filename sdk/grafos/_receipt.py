@@ -1,0 +1,131 @@
+"""The receipt that a holder gets for a lease: what the node took back, and how sure that is.
+
+Rules. What is read from a receipt before `verify` is the node's word over an authenticated
+connection; after `verify` it is a signed statement that anybody with the node's public key can
+check. `credited` is no part of it: it says whether the ledger had counted the capacity as free
+again when `release()` returned. Where no receipt came in time, there is an empty one that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from grafos_core import failure, jws, receipt
+
+NO_RECEIPT: Final = "unknown"
+"""The outcome where the node could not be asked."""
+
+
+class VerificationKey(Protocol):
+    """What the control plane publishes of a key; `grafos.v1.VerificationKey` is one."""
+
+    @property
+    def key_id(self) -> str: ...
+
+    @property
+    def owner(self) -> str: ...
+
+    @property
+    def use(self) -> str: ...
+
+    @property
+    def public_key(self) -> bytes: ...
+
+
+Keys = jws.Keys | Iterable[VerificationKey]
+
+
+@dataclass(frozen=True, slots=True)
+class TeardownReceipt:
+    """What happened to one lease's resource when the lease ended."""
+
+    lease_id: str
+    node_id: str
+    epoch: int
+    kind: str
+    credited: bool
+    """The ledger has counted the capacity as free again."""
+    outcome: str = NO_RECEIPT
+    """`torndown`, `nothing_created`, `fenced`, `cleared`; `unknown` where no receipt came."""
+    assurance: str = "none"
+    """`freed`: nothing could be kept alive. `detached`: access is over, pages may linger."""
+    cause: str = ""
+    measured: Mapping[str, int | str | bool] = field(default_factory=dict)
+    begin_ms: int = 0
+    """Wall clock, for people."""
+    end_ms: int = 0
+    duration_us: int = 0
+    record_number: int = 0
+    """Of the record in the node's audit chain, with its hash."""
+    record_hash: str = ""
+    signed: str = field(default="", repr=False)
+    """The slip as the node signed it; empty where no receipt came."""
+
+    def verify(self, keys: Keys) -> TeardownReceipt:
+        """This receipt, if it is signed by a key of the node and incarnation that it speaks of.
+
+        Raises:
+            Denied: code RECEIPT; there is no signature, or it proves something else.
+        """
+        if not self.signed:
+            raise failure.of("RECEIPT", "no receipt came", lease_id=self.lease_id, epoch=self.epoch)
+        if from_slip(self.signed, credited=self.credited) != self:
+            raise failure.of("RECEIPT", "it says something else than what was signed")
+        receipt.verify(self.signed, keys if isinstance(keys, jws.Keys) else _keys(keys))
+        return self
+
+    @property
+    def frees(self) -> bool:
+        """Whether the node has taken the resource back."""
+        return self.outcome in ("torndown", "nothing_created", "cleared")
+
+
+def from_slip(text: str, *, credited: bool) -> TeardownReceipt:
+    """What a slip says, not verified yet."""
+    parts = jws.as_ascii(text).split(b".")
+    if len(parts) != 3:
+        raise failure.of("RECEIPT", "not a receipt")
+    found = receipt.TeardownReceipt.from_claims(jws.parse_canonical(jws.from_base64url(parts[1])))
+    return TeardownReceipt(
+        lease_id=found.lease_id,
+        node_id=found.node_id,
+        epoch=found.epoch,
+        kind=found.kind.value,
+        credited=credited,
+        outcome=found.outcome.value,
+        assurance=found.assurance.value,
+        cause=found.cause.value,
+        measured=dict(found.measured),
+        begin_ms=found.begin_ms,
+        end_ms=found.end_ms,
+        duration_us=found.duration_us,
+        record_number=found.record_number,
+        record_hash=found.record_hash,
+        signed=text,
+    )
+
+
+def _keys(published: Iterable[VerificationKey]) -> jws.Keys:
+    keys = jws.Keys()
+    for each in published:
+        if each.use == "receipt":
+            keys.add(jws.RECEIPT, each.key_id, _verifier(each.public_key), owner=each.owner)
+    return keys
+
+
+def _verifier(public_key: bytes) -> Any:
+    from cryptography.exceptions import InvalidSignature  # a slow import, for those who verify
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    key = Ed25519PublicKey.from_public_bytes(public_key)
+
+    def verify(message: bytes, signature: bytes) -> bool:
+        try:
+            key.verify(signature, message)
+        except InvalidSignature:
+            return False
+        return True
+
+    return verify

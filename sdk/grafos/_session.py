@@ -1,0 +1,257 @@
+"""The line that stays open between this process and a node, for as long as it holds leases there.
+
+It says two things without a word: that this process is alive, and which process it is. Down it come
+the node's notices; on the node's own machine leased memory itself comes down it once, at bind.
+
+    LocalSession    a unix socket to the node's hand-over desk: descriptors and notices
+    StreamSession   the RPC `Notices`: what remains where there is no such socket
+
+Rules. There is one session per process and node, for all its leases. A session that breaks ends no
+lease by itself: it is opened anew, and the holder's deadline stands. Every wait has an end. A local
+session has no thread: it is read by whoever calls `poll`. A stream needs one, since nothing else
+can wait for gRPC; it only passes notices on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from grafos import _clock
+from grafos_core import failure
+from grafos_core.failure import FabricError
+
+VERSION: Final = 1
+PACKET_BYTES_MAX: Final = 65_536
+EXCHANGE_MS_MAX: Final = 3_000
+"""For one hand-over; the desk asks control, which answers in about a millisecond."""
+PACKETS_PER_POLL_MAX: Final = 256
+RECONNECT_MS_MIN, RECONNECT_MS_MAX = 50, 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """What a holder is told about one of its leases without having asked."""
+
+    lease_id: str
+    kind: str
+    """`degraded`, `revoke_warning`, `revoked`, `expired`, `fenced` or `released`."""
+    reason: str = ""
+    grace_ms: int = 0
+    """With `revoke_warning`: how long the lease still works."""
+    failure: FabricError | None = None
+    """What the next use raises, if this notice is the end; else what is wrong."""
+
+
+Tell = Callable[[Notice], None]
+
+
+class Session(Protocol):
+    """What a node's connection needs of either kind."""
+
+    @property
+    def is_lost(self) -> bool: ...
+
+    def poll(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def forget(self) -> None:
+        """In a forked child: let go of what belongs to the parent, without a word to anyone."""
+
+
+class LocalSession:
+    """The unix socket to a node on this machine. Thread-safe."""
+
+    def __init__(self, path: str, session: str, tell: Tell) -> None:
+        self._session, self._tell = session, tell
+        self._lock = threading.Lock()
+        self.is_lost = False
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.settimeout(EXCHANGE_MS_MAX / 1000)
+            self._socket.connect(path)
+        except OSError as error:
+            self._socket.close()
+            raise failure.of("UNREACHABLE", f"hand-over socket: {error.strerror}") from None
+
+    def hand_over(self, lease_id: str, secret: bytes) -> int | None:
+        """The descriptor of a lease that was bound just now; None for a kind that has none."""
+        question = {"v": VERSION, "secret": secret.hex(), "session": self._session}
+        with self._lock:
+            try:
+                self._socket.settimeout(EXCHANGE_MS_MAX / 1000)
+                self._socket.send(json.dumps(question).encode())
+                return self._answer(lease_id, _clock.boot_ms() + EXCHANGE_MS_MAX)
+            except TimeoutError:
+                self._lose()
+                raise failure.of("DEADLINE", "hand-over", lease_id=lease_id) from None
+            except OSError as error:
+                self._lose()
+                raise failure.of("UNREACHABLE", f"hand-over: {error.strerror}") from None
+            except FabricError:
+                self._lose()  # the desk closes after a refusal
+                raise
+
+    def poll(self) -> None:
+        """Pass on what has come. Never waits, not even for another thread that talks here."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._drain()
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        with self._lock:
+            self._lose()
+
+    def forget(self) -> None:
+        self.is_lost = True
+        self._socket.close()  # our copy of the descriptor; the parent's connection stays
+
+    def _drain(self) -> None:
+        for _ in range(PACKETS_PER_POLL_MAX):
+            if self.is_lost:
+                return
+            try:
+                self._socket.setblocking(False)
+                message, descriptor = self._receive()
+            except BlockingIOError:
+                return
+            except (OSError, FabricError):
+                self._lose()
+                return
+            if descriptor is not None:
+                os.close(descriptor)  # the late answer to a question that was given up
+            self._pass_on(message)
+
+    def _answer(self, lease_id: str, end_ms: int) -> int | None:
+        """The answer about this lease; notices and late answers may come before it."""
+        while True:
+            left_ms = end_ms - _clock.boot_ms()
+            if left_ms <= 0:
+                raise TimeoutError
+            self._socket.settimeout(left_ms / 1000)
+            message, descriptor = self._receive()
+            if message.get("lease_id") == lease_id:
+                return descriptor
+            if descriptor is not None:
+                os.close(descriptor)
+            if "failure" in message:
+                raise _failure_of(message["failure"]) or failure.of("INTERNAL", "hand-over")
+            self._pass_on(message)
+
+    def _receive(self) -> tuple[dict[str, Any], int | None]:
+        packet, descriptors, _, _ = socket.recv_fds(
+            self._socket, PACKET_BYTES_MAX, 4, socket.MSG_CMSG_CLOEXEC
+        )
+        if not packet:
+            raise failure.of("UNREACHABLE", "the node closed the session")
+        for descriptor in descriptors[1:]:
+            os.close(descriptor)
+        message = _parsed(packet)
+        if message is None:
+            for descriptor in descriptors[:1]:
+                os.close(descriptor)
+            raise failure.of("ENCODING", "the node's message")
+        return message, descriptors[0] if descriptors else None
+
+    def _pass_on(self, message: dict[str, Any]) -> None:
+        fields = message.get("notice")
+        if isinstance(fields, dict) and fields.get("lease_id"):
+            self._tell(_notice_of(fields))
+
+    def _lose(self) -> None:
+        self.is_lost = True
+        self._socket.close()
+
+
+class StreamSession:
+    """The stream of notices from a node that has no socket here, read by one thread."""
+
+    def __init__(self, node_id: str, open_stream: Callable[[], Iterator[Any]], tell: Tell) -> None:
+        self._open_stream, self._tell = open_stream, tell
+        self._stopped = threading.Event()
+        self._stands = threading.Event()
+        self._call: Any = None
+        self._thread = threading.Thread(
+            target=self._run, name=f"grafos-notices-{node_id}", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def is_lost(self) -> bool:
+        """Only until it stands again: the thread opens it anew by itself."""
+        return not self._stands.is_set()
+
+    def wait(self, timeout_ms: int) -> bool:
+        """Whether the node has answered by then."""
+        return self._stands.wait(timeout_ms / 1000)
+
+    def poll(self) -> None:
+        """Nothing to do: the thread passes notices on as they come."""
+
+    def close(self) -> None:
+        self._stopped.set()
+        call = self._call
+        if call is not None:
+            call.cancel()
+        self._thread.join(RECONNECT_MS_MAX / 1000)
+
+    def forget(self) -> None:
+        self._stopped.set()
+        self._stands.clear()
+
+    def _run(self) -> None:
+        pause_ms = RECONNECT_MS_MIN
+        while not self._stopped.is_set():
+            try:
+                self._call = self._open_stream()
+                for message in self._call:
+                    pause_ms = RECONNECT_MS_MIN
+                    self._stands.set()
+                    if message.lease_id:
+                        self._tell(_notice_from_proto(message))
+            except Exception:  # whatever broke the stream: it is opened again, the lease stands
+                pass
+            self._stands.clear()
+            self._stopped.wait(pause_ms / 1000)
+            pause_ms = min(pause_ms * 2, RECONNECT_MS_MAX)
+
+
+def _parsed(packet: bytes) -> dict[str, Any] | None:
+    try:
+        message = json.loads(packet)
+    except (ValueError, RecursionError):
+        return None
+    return message if isinstance(message, dict) and message.get("v") == VERSION else None
+
+
+def _notice_of(fields: dict[str, Any]) -> Notice:
+    return Notice(
+        lease_id=str(fields["lease_id"]),
+        kind=str(fields.get("kind", "")),
+        reason=str(fields.get("reason", "")),
+        grace_ms=int(fields.get("grace_ms") or 0),
+        failure=_failure_of(fields.get("failure")),
+    )
+
+
+def _failure_of(fields: Any) -> FabricError | None:
+    if not isinstance(fields, dict):
+        return None
+    rest = dict(fields)
+    return failure.from_fields(str(rest.pop("class", "")), rest)
+
+
+def _notice_from_proto(message: Any) -> Notice:
+    from grafos_proto.wire import failures  # gRPC is loaded by now: a stream has spoken
+
+    cause = failures.failure_of(message.failure) if message.HasField("failure") else None
+    return Notice(message.lease_id, message.kind, message.reason, message.grace_ms, cause)
