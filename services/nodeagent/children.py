@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -127,6 +126,13 @@ class Child:
             pass  # it was faster
         self.process.wait(REAP_S)
 
+    def ended_within(self, seconds: float) -> bool:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def close(self) -> None:
         """After its end: our end of the link, and the pidfd."""
         self.link.close()
@@ -173,14 +179,3 @@ class BackOff:
             return False
         self.due_ms = None
         return True
-
-
-def listening_socket(path: str) -> socket.socket:
-    """A SEQPACKET socket connected to `path`: how a warden that outlived its agent is found."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        sock.connect(path)
-    except OSError:
-        sock.close()
-        raise
-    return sock

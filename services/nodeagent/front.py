@@ -77,6 +77,8 @@ class Front:
     def run(self) -> None:
         reader = threading.Thread(target=self._link.serve, args=[self._desk.handle], name="link")
         reader.start()
+        self._link.send({"op": "hello"})
+        self._desk.serve.wait()
         HandoverServer(self._offers, self._sessions, self._line, SYSTEM.boot_ms).start(
             Path(self._flags.handover)
         )

@@ -4,7 +4,9 @@
               shut    forget it; say what is still in flight after 250 ms   → shut
               ended   leases that are gone, and why, for those who still ask
               notice  news for a session
-              reload  the certificate on disk is a new one
+              raise   the deadline of an open lease has moved
+            serve   everything is opened: let holders in
+            reload  the certificate on disk is a new one
               stop    take no new calls, finish those in flight             → stopped
     front → bind attach extend release detach   a holder's request, passed on with his name
             holder  a local process has come with its secret; answered once the lease is exported
@@ -17,6 +19,7 @@ its holder hears that it is bound. Whoever has to wait for operations in flight 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -104,6 +107,8 @@ class FrontDesk:
     block_storage: Callable[[Message, list[int]], Storage]
     reload: Callable[[], None]
     stop: Callable[[], None]
+    serve: threading.Event = field(default_factory=threading.Event)
+    """Set when everything that is open has been opened here."""
     _shutters: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(SHUTTERS, thread_name_prefix="shut")
     )
@@ -121,8 +126,12 @@ class FrontDesk:
                 self._remember(each["lease"], each)
         elif op == "notice":
             self.sessions.tell(message["session"], news_of(message))
+        elif op == "raise":
+            self._raise(message)
         elif op == "reload":
             self.reload()
+        elif op == "serve":
+            self.serve.set()
         elif op == "stop":
             self._shutters.submit(self._stop, message)
 
@@ -154,6 +163,12 @@ class FrontDesk:
             known.storage.raise_deadline(message["deadline_ms"])
             return known.storage
         return MemoryStorage(fds[0]) if kind is Kind.MEM else self.block_storage(message, fds)
+
+    def _raise(self, message: Message) -> None:
+        lease = self.line.table.opened(message["lease"])
+        if lease is not None:
+            lease.deadline_ms = max(lease.deadline_ms, message["deadline_ms"])
+            lease.storage.raise_deadline(lease.deadline_ms)
 
     def _shut(self, message: Message) -> None:
         self._remember(message["lease"], message)

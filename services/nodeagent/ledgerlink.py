@@ -10,11 +10,12 @@ time. A ledger that is away costs one try per back-off period, never a tenant's 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from grafos_core.failure import FabricError
+from grafos_core.node_effects import ReceiptFacts
 from grafos_proto.v1 import ledger_pb2, ledger_pb2_grpc
 from grafos_proto.wire import failures
 from grafos_proto.wire.credentials import PeerChannel
@@ -27,7 +28,6 @@ RECEIPTS_MAX: Final = 256
 BOUND_MAX: Final = 1_024
 BACK_OFF_S_MIN, BACK_OFF_S_MAX = 0.05, 2.0
 
-Claims = Mapping[str, Any]
 Reported = tuple[str, int, int]
 """(lease id, epoch, generation) of a lease that was bound."""
 
@@ -40,9 +40,9 @@ class Owner(Protocol):
 
     def registered(self, response: ledger_pb2.RegisterResponse) -> None: ...
 
-    def unreachable(self, cause: FabricError) -> None: ...
+    def unreachable(self, why: str) -> None: ...
 
-    def credited(self, lease_id: str, refusal: FabricError | None) -> None: ...
+    def credited(self, receipt: ReceiptFacts, refusal: FabricError | None) -> None: ...
 
     def bound_reported(self, report: Reported, refusal: FabricError | None) -> None: ...
 
@@ -52,7 +52,7 @@ class Outbox:
     """What waits to be sent, and the one thing that wakes the thread that sends it."""
 
     wake: threading.Condition
-    receipts: dict[str, Claims]
+    receipts: dict[str, ReceiptFacts]
     bound: dict[str, Reported]
     stopped: bool = False
 
@@ -64,7 +64,9 @@ class Outbox:
 class LedgerLink:
     """Constructed without effect; `start` makes the two threads."""
 
-    def __init__(self, channel: PeerChannel, owner: Owner, sign: Callable[[Claims], str]) -> None:
+    def __init__(
+        self, channel: PeerChannel, owner: Owner, sign: Callable[[ReceiptFacts], str]
+    ) -> None:
         self._channel, self._owner, self._sign = channel, owner, sign
         self._outbox = Outbox.empty()
         self._register_now = threading.Event()
@@ -83,10 +85,10 @@ class LedgerLink:
         """Something that the registration carries has changed."""
         self._register_now.set()
 
-    def send_receipt(self, lease_id: str, claims: Claims) -> None:
-        """Until the ledger acknowledges it. A second receipt for a lease replaces the first."""
+    def send_receipt(self, receipt: ReceiptFacts) -> None:
+        """Until the ledger has answered. A second receipt for a lease replaces the first."""
         with self._outbox.wake:
-            self._outbox.receipts[lease_id] = claims
+            self._outbox.receipts[receipt.lease_id] = receipt
             self._outbox.wake.notify_all()
 
     def report_bound(self, report: Reported) -> None:
@@ -109,11 +111,12 @@ class LedgerLink:
             self._register_now.clear()
             try:
                 self._owner.registered(self._register())
-            except FabricError as cause:
-                self._owner.unreachable(cause)
+            except (FabricError, OSError) as cause:
+                self._owner.unreachable(str(cause))
             self._register_now.wait(REGISTER_S)
 
     def _register(self) -> ledger_pb2.RegisterResponse:
+        fault("register.send")
         with failures.status_to_failures():
             return self._stub().Register(self._owner.registration(), timeout=CALL_S)
 
@@ -129,7 +132,7 @@ class LedgerLink:
                 self._pause(back_off_s)
                 back_off_s = min(2 * back_off_s, BACK_OFF_S_MAX)
 
-    def _next_batch(self) -> tuple[list[Reported], dict[str, Claims]]:
+    def _next_batch(self) -> tuple[list[Reported], dict[str, ReceiptFacts]]:
         box = self._outbox
         with box.wake:
             box.wake.wait_for(lambda: box.bound or box.receipts or box.stopped)
@@ -160,26 +163,19 @@ class LedgerLink:
                     del self._outbox.bound[report[0]]
             self._owner.bound_reported(report, refusal_of(outcome))
 
-    def _credit(self, receipts: dict[str, Claims]) -> None:
+    def _credit(self, receipts: dict[str, ReceiptFacts]) -> None:
         if not receipts:
             return
-        fault("credit.send")
-        request = ledger_pb2.CreditRequest(receipts=[self._sign(c) for c in receipts.values()])
+        fault("receipt.send")
+        request = ledger_pb2.CreditRequest(receipts=[self._sign(r) for r in receipts.values()])
         with failures.status_to_failures():
             response = self._stub().Credit(request, timeout=CALL_S)
-        waiting = False
-        for (lease_id, claims), outcome in zip(receipts.items(), response.outcomes, strict=True):
-            refusal = refusal_of(outcome)
-            if refusal is not None and refusal.retryable:
-                waiting = True
-                continue
+        for receipt, outcome in zip(receipts.values(), response.outcomes, strict=True):
             with self._outbox.wake:
-                if self._outbox.receipts.get(lease_id) is claims:
-                    del self._outbox.receipts[lease_id]
+                if self._outbox.receipts.get(receipt.lease_id) is receipt:
+                    del self._outbox.receipts[receipt.lease_id]
                 self._outbox.wake.notify_all()
-            self._owner.credited(lease_id, refusal)
-        if waiting:
-            self._pause(BACK_OFF_S_MAX)
+            self._owner.credited(receipt, refusal_of(outcome))
 
     def _stub(self) -> ledger_pb2_grpc.LedgerServiceStub:
         return ledger_pb2_grpc.LedgerServiceStub(self._channel.get())

@@ -67,6 +67,7 @@ class FrontUnderTest:
         people.save(NODE, folder / "identity")
         self.child = self._spawn()
         threading.Thread(target=self.child.link.serve, args=[self._hear], daemon=True).start()
+        self.child.link.send({"op": "serve"})
         eventually(lambda: self.endpoint)
 
     def close(self) -> None:

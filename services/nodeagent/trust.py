@@ -1,0 +1,81 @@
+"""Whose signatures this node believes: the keys that the ledger publishes, as of its last answer.
+
+Rules. Tokens are admission's to sign, clear orders an operator's, or the ledger's on his behalf; a
+key with another owner is not taken for either purpose. A key past its end is as one never known. The whole set is replaced at
+once, so that no reader sees half of it. Tokens whose signature was found good are remembered until
+their lease is over, and forgotten when the set of keys changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from grafos_core import jws, receipt, spiffe, token
+from grafos_core.failure import FabricError
+from grafos_core.receipt import ClearOrder
+from grafos_core.spiffe import Identity, Role
+from grafos_core.token import LeaseToken, VerifiedCache
+from grafos_proto.v1 import lease_pb2
+from services.runtime import signing
+
+CACHED_MAX: Final = 8_192
+_PURPOSES: Final = {"lease": jws.LEASE, "clear": jws.CLEAR}
+
+PublishedKey = tuple[str, str, str, bytes]
+"""Use, key id, owner, public key."""
+
+
+class TrustedKeys:
+    """Read from any thread, replaced by one."""
+
+    def __init__(self, trust_domain: str, audience: str) -> None:
+        self._issuer = str(Identity(trust_domain, Role.SERVICE, None, "admission"))
+        self._trust_domain, self._audience = trust_domain, audience
+        self._known: frozenset[PublishedKey] = frozenset()
+        self._keys = jws.Keys()
+        self._cache = VerifiedCache(CACHED_MAX)
+
+    def replace(self, published: Iterable[lease_pb2.VerificationKey], now_ms: int) -> None:
+        """From now on these and no others."""
+        known = frozenset(
+            (key.use, key.key_id, key.owner, key.public_key)
+            for key in published
+            if key.use in _PURPOSES and not 0 < key.not_after_ms <= now_ms
+        )
+        if known == self._known:
+            return
+        keys = jws.Keys()
+        for use, key_id, owner, public_key in known:
+            if self._may_sign(use, owner) and len(public_key) == signing.PUBLIC_KEY_BYTES:
+                keys.add(_PURPOSES[use], key_id, signing.verifier(public_key), owner=owner)
+        self._keys, self._cache, self._known = keys, VerifiedCache(CACHED_MAX), known
+
+    def accept(self, text: str, holder_thumbprint: str, now_ms: int) -> LeaseToken:
+        """A token that is for this node, this moment and this holder."""
+        return token.accept(
+            text,
+            self._keys,
+            issuer=self._issuer,
+            audience=self._audience,
+            holder_thumbprint=holder_thumbprint,
+            now_ms=now_ms,
+            cache=self._cache,
+        )
+
+    def clear_order(self, text: str) -> ClearOrder:
+        return receipt.verify_clear(text, self._keys)
+
+    def count(self) -> int:
+        return len(self._known)
+
+    def _may_sign(self, use: str, owner: str) -> bool:
+        if use == "lease":
+            return owner == self._issuer
+        try:
+            identity = spiffe.parse_id(owner)
+        except FabricError:
+            return False
+        known = (identity.role, identity.name) == (Role.SERVICE, "ledger")
+        may_sign = known or identity.role is Role.OPERATOR
+        return may_sign and identity.trust_domain == self._trust_domain
