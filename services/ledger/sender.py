@@ -9,9 +9,10 @@ one: somebody restored an old copy, and that closes the gate `audit` until a per
 from __future__ import annotations
 
 import threading
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
-from grafos_core import failure
+from grafos_core.chain import Seal
 from grafos_core.failure import FabricError
 from grafos_proto.v1 import audit_pb2, audit_pb2_grpc
 from services.ledger.records import ORIGIN
@@ -73,6 +74,11 @@ class Sender:
         records, seals = self._ledger.with_store(lambda store: store.sealed_page(after))
         if not records:
             return False
+        answer = self._append(records, seals)
+        self.acknowledged = answer.number
+        return True
+
+    def _append(self, records: Sequence[bytes], seals: Sequence[Seal]) -> Any:
         request = audit_pb2.AppendRequest(
             origin=ORIGIN, incarnation=self._incarnation, records=records,
             seals=[
@@ -83,20 +89,16 @@ class Sender:
             ],
             public_key=self._key.public_key, key_id=self._key.key_id,
         )  # fmt: skip
-        answer = self._remote.call("Append", request, timeout_ms=CALL_MS, tries_max=1)
-        self.acknowledged = answer.number
-        return True
+        return self._remote.call("Append", request, timeout_ms=CALL_MS, tries_max=1)
 
     def _ask_head(self) -> int:
+        """How far the collector is. Where it knows us it is told, under seal, how far we are."""
         request = audit_pb2.HeadRequest(origin=ORIGIN, incarnation=self._incarnation)
         answer = self._remote.call("Head", request, timeout_ms=CALL_MS, tries_max=1)
-        heads = [head for head in answer.heads if head.incarnation == self._incarnation]
-        if not heads:
-            self._readiness.open("audit")
-            return 0
-        number: int = heads[0].number
-        if number > self._ledger.with_store(lambda store: store.number):
-            raise failure.of("ROLLBACK", f"the collector has {number} records of this ledger")
+        number = max((head.number for head in answer.heads), default=0)
+        seal = self._ledger.with_store(lambda store: store.last_seal())
+        if number and seal is not None:
+            self._append([], [seal])
         self._readiness.open("audit")
         return number
 

@@ -85,7 +85,7 @@ class Store:
             store._open()
         except (OSError, sqlite3.Error) as error:
             store.close()
-            raise failure.of("STORAGE", f"the event table cannot be opened: {error}") from error
+            raise failure.of("STORAGE", f"record 1: the table cannot be opened: {error}") from error
         except failure.FabricError:
             store.close()
             raise
@@ -274,6 +274,13 @@ class Store:
         failure.invariant(bool(seals), "what a seal covers does not fit into a page")
         return [data for number, data in page if number <= seals[-1].number], seals
 
+    def last_seal(self) -> Seal | None:
+        """Over the last record; None where there is none yet."""
+        rows = self._connection.execute(
+            "SELECT number, hash, key_id, signature FROM seal ORDER BY number DESC LIMIT 1"
+        ).fetchall()
+        return Seal(*rows[0]) if rows else None
+
     def close(self) -> None:
         if hasattr(self, "_connection"):
             self._connection.close()
@@ -326,10 +333,10 @@ class _Verification:
             self.refuse(record.number, str(refused))
 
     def finish(self) -> None:
+        if self.seals:
+            self.refuse(self.number + 1, "it is missing, a seal over it is there")
         if self.unsealed:
             self.refuse(self.number, "it has no seal")
-        if self.seals:
-            self.refuse(min(self.seals), "it is missing, its seal is there")
 
     def refuse(self, number: int, why: str) -> NoReturn:
         raise failure.of("STORAGE", f"record {number}: {why}")
