@@ -15,10 +15,12 @@ and the warden ends and removes its files. The folder is its owner's alone.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import socket
+import stat
 import struct
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
@@ -77,6 +79,8 @@ class Journal:
         self.path = folder / f"{boot_epoch}.journal"
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         self._fd = os.open(self.path, flags, 0o600)
+        if stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.ftruncate(self._fd, _whole(self.path.read_bytes())[1])  # else what follows is lost
         self.is_inherited = os.fstat(self._fd).st_size > 0
         """A warden of the same boot, now dead, has written here."""
 
@@ -84,9 +88,14 @@ class Journal:
         """On the disk when this returns."""
         fault("warden.journal")
         data = b"".join(_framed(codec.encode(entry.value())) for entry in entries)
-        if os.write(self._fd, data) != len(data):
-            raise OSError("short write")
-        os.fdatasync(self._fd)
+        before = os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, data) != len(data):
+                raise OSError(errno.ENOSPC, "short write")
+            os.fdatasync(self._fd)
+        except OSError:
+            os.ftruncate(self._fd, before)
+            raise
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -98,18 +107,25 @@ def _framed(data: bytes) -> bytes:
 
 def read_journal(path: Path) -> list[Taken]:
     """The whole entries, in order, up to the first that is not whole."""
-    data, at, entries = path.read_bytes(), 0, []
-    while at + _LENGTH.size <= len(data):
-        start = at + _LENGTH.size
-        (length,) = _LENGTH.unpack_from(data, at)
-        entry, at = data[start : start + length], start + length + _SUM_BYTES
-        if hashlib.sha256(entry).digest()[:_SUM_BYTES] != data[start + length : at]:
+    return _whole(path.read_bytes())[0]
+
+
+def _whole(data: bytes) -> tuple[list[Taken], int]:
+    """The entries, and where the last of them ends."""
+    entries: list[Taken] = []
+    end = 0
+    while end + _LENGTH.size <= len(data):
+        (length,) = _LENGTH.unpack_from(data, end)
+        start = end + _LENGTH.size
+        entry, after = data[start : start + length], start + length + _SUM_BYTES
+        if hashlib.sha256(entry).digest()[:_SUM_BYTES] != data[start + length : after]:
             break
         try:
             entries.append(Taken.of(codec.decode(entry)))
         except (failure.FabricError, KeyError, TypeError):
             break
-    return entries
+        end = after
+    return entries, end
 
 
 def boot_epochs(folder: Path) -> list[int]:

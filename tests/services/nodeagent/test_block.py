@@ -191,6 +191,17 @@ def test_a_block_put_elsewhere_or_back_is_seen(lease: BlockLease, device: BlockD
     assert code(lambda: lease.read(0, BLOCK)) == "TORN", "an older version is not the block"
 
 
+def test_a_block_that_changes_places_together_with_its_entry_is_seen(
+    lease: BlockLease, device: BlockDevice, tags_fd: int
+) -> None:
+    lease.write(0, b"1" * BLOCK + b"2" * BLOCK)
+    blocks, entries = on_disk(device, OFFSET, 2), os.pread(tags_fd, 128, 64)
+    overwrite(device, OFFSET, blocks[BLOCK:] + blocks[:BLOCK])
+    os.pwrite(tags_fd, entries[64:] + entries[:64], 64)
+    assert code(lambda: lease.read(0, BLOCK)) == "TORN"
+    assert code(lambda: lease.read(BLOCK, BLOCK)) == "TORN"
+
+
 @pytest.mark.parametrize(
     "other",
     [

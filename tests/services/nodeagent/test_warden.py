@@ -439,6 +439,8 @@ def test_a_torn_last_entry_is_passed_over_at_every_length(tmp_path: Path) -> Non
         assert read_journal(journal.path) == [taken(A)]
     journal.path.write_bytes(data[: whole + 9] + b"\xff" + data[whole + 10 :])
     assert read_journal(journal.path) == [taken(A)]
+    Journal(tmp_path, 5).append([taken(C)])
+    assert read_journal(journal.path) == [taken(A), taken(C)], "the next warden goes on before it"
 
 
 def test_a_warden_that_cannot_write_its_journal_still_takes_everything_back(
