@@ -1,0 +1,210 @@
+"""Mistakes planted on purpose, at least one per law. A simulation that misses one proves nothing.
+
+Each changes one place of the cores that ship, for as long as the context is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grafos_core import lessor as lessor_module
+from grafos_core import placement
+from grafos_core.books import CapacityBook, ExtentMap, Place
+from grafos_core.chain import Chain
+from grafos_core.commands import Event
+from grafos_core.holder import HolderLease
+from grafos_core.lease import EndCause, LeaseState
+from grafos_core.ledger_state import LedgerState
+from grafos_core.lessor import Lessor
+from grafos_core.node import NodeCore
+from grafos_core.node_endings import Endings
+from grafos_core.teardown import Stage, Step
+from tests.sim.node import Node
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """`law` is the one it is meant to break; each place is (owner, name, what it becomes)."""
+
+    label: str
+    law: int
+    places: tuple[tuple[Any, str, Any], ...]
+
+
+def _bug(label: str, law: int, owner: Any, name: str, broken: Any) -> Bug:
+    return Bug(label, law, ((owner, name, broken),))
+
+
+@contextmanager
+def planted(bug: Bug) -> Generator[None, None, None]:
+    before = [(owner, name, owner.__dict__[name]) for owner, name, _ in bug.places]
+    try:
+        for owner, name, broken in bug.places:
+            setattr(owner, name, broken)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _wrap(owner: type, name: str, make: Callable[[Any], Any]) -> Any:
+    return make(owner.__dict__[name])
+
+
+def _frees_by_timeout(self: Lessor, lease: Any, now_ms: int) -> Event:
+    if lease.state is LeaseState.ENDING:
+        return Event("lease.released", now_ms, lease.lease_id, lease.epoch)
+    cause = EndCause.BURNT if lease.state is LeaseState.PENDING else EndCause.EXPIRED
+    body = {"cause": cause.value, "reason": "", "grace_ms": 0, "by": "ledger"}
+    return Event("lease.ending", now_ms, lease.lease_id, lease.epoch, body)
+
+
+def _first_extent(self: ExtentMap, length: int) -> int | None:
+    return 0 if self._total >= length else None
+
+
+def _extent_taken_unseen(self: ExtentMap, start: int, length: int) -> None:
+    """Neither looked up nor taken off the list."""
+
+
+def _gives_twice(self: CapacityBook, origin: Place, offset: int, amount: int) -> None:
+    self._places[Place.FREE] += amount
+    if self._extents:
+        self._extents.give_back(offset, amount)
+
+
+def _forgets_epoch(original: Any) -> Any:
+    def granted(self: LedgerState, event: Event) -> None:
+        node = self.nodes[event.body["node_id"]]
+        before = dict(node.epochs)
+        original(self, event)
+        if event.epoch % 3 == 0:
+            node.epochs = before
+
+    return granted
+
+
+def _no_quiesce(original: Any) -> Any:
+    def begin(self: Endings, lease: Any, stage: Stage, now: Any) -> Any:
+        return original(self, lease, Stage.QUIESCED if stage is Stage.DEAD else stage, now)
+
+    return begin
+
+
+def _measures_nothing(original: Any) -> Any:
+    def go_on(self: Endings, lease: Any, now: Any) -> Any:
+        teardown = lease.teardown
+        if teardown is not None and teardown.next_step() in (Step.ERASE, Step.MEASURE):
+            while teardown.next_step() is not None:
+                teardown.done(teardown.next_step(), {}, now.boot_ms)
+        return original(self, lease, now)
+
+    return go_on
+
+
+def _gate_stays_open(self: Node, cell: Any, epoch: int) -> bool:
+    return True
+
+
+def _no_deadline(original: Any) -> Any:
+    def fired(self: Endings, lease_id: str, wake: Any, now: Any) -> Any:
+        return [] if wake.value == "deadline" else original(self, lease_id, wake, now)
+
+    return fired
+
+
+def _renewal_shortens(original: Any) -> Any:
+    def raised(self: Any, lease: Any, one: Any, now: Any) -> Any:
+        return original(self, lease, replace(one, deadline_ms=now.boot_ms + 200), now)
+
+    return raised
+
+
+def _believes_the_ledger(original: Any) -> Any:
+    def sent(self: HolderLease, now_ms: int) -> None:
+        original(self, now_ms)
+        self._stop_ms = max(self._stop_ms, now_ms + 20_000)
+
+    return sent
+
+
+def _bind_not_kept(original: Any) -> Any:
+    """The record of a bind is told of and never reaches the disk."""
+
+    def persist(self: Node, effect: Any) -> None:
+        if effect.events[0][0] == "agent.bound":
+            return
+        original(self, effect)
+
+    return persist
+
+
+def _head_not_kept(original: Any) -> Any:
+    def persist(self: Node, effect: Any) -> None:
+        before = (self.disk.head, self.disk.number)
+        original(self, effect)
+        if self.disk.number % 7 == 0:
+            self.disk.head, self.disk.number = before
+
+    return persist
+
+
+def _link_lost(original: Any) -> Any:
+    def advance(self: Chain, record: Any) -> None:
+        original(self, record)
+        if record.number % 11 == 0:
+            self._number += 1
+
+    return advance
+
+
+def _fence_frees(original: Any) -> Any:
+    def fence(self: Endings, lease: Any, now: Any) -> Any:
+        effects = original(self, lease, now)
+        self._gate.free(lease.lease_id)
+        del self._leases[lease.lease_id]
+        return effects
+
+    return fence
+
+
+def _never_quarantined(self: Lessor, receipt: Any, lease: Any, now_ms: int) -> Any:
+    events = (Event("lease.released", now_ms, lease.lease_id, lease.epoch),)
+    return self._commit(*events, lease_id=lease.lease_id)
+
+
+BUGS = (
+    _bug("blocks are found without a look at what is free", 1, ExtentMap, "find", _first_extent),
+    _bug("blocks that are taken stay on the list", 1, ExtentMap, "take", _extent_taken_unseen),
+    _bug("capacity comes back and is not taken away", 2, CapacityBook, "give_back", _gives_twice),
+    _bug("an overdue receipt frees capacity", 3, Lessor, "_due_event", _frees_by_timeout),
+    _bug("any receipt takes a slice out of quarantine", 3, Lessor, "_credit_fenced",
+         _never_quarantined),
+    _bug("teardown is sealed without erase and measure", 3, Endings, "_go_on",
+        _wrap(Endings, "_go_on", _measures_nothing)),
+    _bug("teardown does not wait for what is in flight", 4, Endings, "_begin_teardown",
+        _wrap(Endings, "_begin_teardown", _no_quiesce)),
+    _bug("the front does not look at the gate", 4, Node, "_open", _gate_stays_open),
+    _bug("neither control nor warden keeps the hour", 5, Endings, "_fired",
+        _wrap(Endings, "_fired", _no_deadline)),
+    _bug("a renewal shortens", 5, NodeCore, "_raised",
+        _wrap(NodeCore, "_raised", _renewal_shortens)),
+    _bug("a holder believes before the node has answered", 5, HolderLease, "renewal_sent",
+        _wrap(HolderLease, "renewal_sent", _believes_the_ledger)),
+    _bug("a bind is told of and not durable", 6, Node, "_persist",
+        _wrap(Node, "_persist", _bind_not_kept)),
+    _bug("an epoch is given again", 7, LedgerState, "_granted",
+        _wrap(LedgerState, "_granted", _forgets_epoch)),
+    Bug("old evidence of readiness counts", 8, (
+        (lessor_module, "EVIDENCE_MS_MAX", 60_000), (placement, "EVIDENCE_MS_MAX", 60_000),
+        (lessor_module, "REGISTRATION_TTL_MS", 60_000),
+    )),
+    _bug("the head trails the records", 9, Node, "_persist",
+        _wrap(Node, "_persist", _head_not_kept)),
+    _bug("a record number is skipped", 9, Chain, "advance", _wrap(Chain, "advance", _link_lost)),
+    _bug("what is fenced is free at once", 10, Endings, "_fence",
+        _wrap(Endings, "_fence", _fence_frees)),
+)  # fmt: skip

@@ -1,0 +1,201 @@
+"""The simulated ledger and admission: the real Lessor and placement, on a disk that survives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from grafos_core import commands as c
+from grafos_core import placement
+from grafos_core.lease import (
+    TOKEN_MS_DEFAULT,
+    EndCause,
+    Kind,
+    Lease,
+    LeaseId,
+    LeaseState,
+    NodeId,
+    Policy,
+    TenantId,
+)
+from grafos_core.lessor import Lessor
+from grafos_core.quota import Limit
+from grafos_core.token import LeaseToken, audience_of
+from tests.sim.world import Clock, World
+
+if TYPE_CHECKING:
+    from tests.sim.node import Node
+
+ISSUER = "spiffe://sim/service/admission"
+TICK_MS = 200
+TENANTS = (TenantId("red"), TenantId("blue"))
+
+
+class Ledger:
+    def __init__(self, world: World) -> None:
+        self.world, self.clock = world, Clock(world)
+        self.up = True
+        self.lessor = Lessor()
+        self.durable: list[c.Event] = []
+        self.nodes: dict[NodeId, Node] = {}
+        self._floor_ms = 0
+        self._numbers = 0
+        for tenant in TENANTS:
+            self._do(c.SetQuota(tenant, Kind.MEM, Limit(20 * 4096, 12)))
+        world.after(0, self._tick)
+        world.after(world.dice.randint(1_000, 9_000), self._suffer)
+        world.after(500, self._operate)
+
+    @property
+    def now_ms(self) -> int:
+        """The ledger's wall clock, kept from going back."""
+        self._floor_ms = max(self._floor_ms, self.clock.wall_ms(), self.lessor.state.now_ms)
+        return self._floor_ms
+
+    def _do(self, command: c.Command) -> c.Step:
+        step = self.lessor.handle(command, self.now_ms)
+        self._store(step)
+        return step
+
+    def _store(self, step: c.Step) -> None:
+        """Durable before anybody hears of it."""
+        self.durable += step.events
+        for event in step.events:
+            self.world.tell("ledger", event.kind, event.lease_id[:6], event.epoch)
+            self.world.count(event.kind)
+            if event.kind == "lease.granted":
+                self._fresh(event)
+        for node_id in step.nodes:
+            self._push(node_id)
+
+    def _fresh(self, event: c.Event) -> None:
+        """Law 8: nothing is granted on a node that was not heard, truly, within 3 s and a bit."""
+        node = self.nodes[NodeId(event.body["node_id"])]
+        node.check_heard_lately()
+
+    def _push(self, node_id: NodeId) -> None:
+        node = self.nodes[node_id]
+        for obligation in self.lessor.obligations(node_id):
+            self.world.send("ledger", node_id, node.oblige, obligation, self.now_ms)
+
+    # calls
+
+    def acquire(self, ask: placement.Request, holder: Any, ttl_ms: int, policy: Policy) -> None:
+        """Admission and ledger in one: decide, commit, mint, answer."""
+        if not self.up:
+            return
+        decision = placement.evaluate(ask, self.lessor.nodes(self.now_ms))
+        if not isinstance(decision, placement.Admit):
+            self.world.count("denied")
+            return
+        self._numbers += 1
+        lease_id = LeaseId(f"{self._numbers:06x}" + f"{self.world.dice.getrandbits(104):026x}")
+        step = self._do(
+            c.Grant(
+                ask.request_id, lease_id, holder.tenant, holder.name, holder.key, ask.kind,
+                decision.node_id, decision.incarnation, decision.amount, ttl_ms, None,
+                TOKEN_MS_DEFAULT, policy,
+            )
+        )  # fmt: skip
+        if step.lease is not None:
+            self._answer(holder, holder.granted, step.lease)
+
+    def renew(self, request_id: str, holder: Any, lease_id: LeaseId, ttl_ms: int) -> None:
+        if self.up:
+            step = self._do(c.Renew(request_id, lease_id, ttl_ms, holder.tenant, holder.name))
+            if step.lease is not None and step.failure is None:
+                self._answer(holder, holder.renewal_granted, step.lease)
+
+    def attach(self, request_id: str, holder: Any, lease_id: LeaseId) -> None:
+        if self.up:
+            step = self._do(
+                c.Attach(
+                    request_id, lease_id, holder.tenant, holder.name, holder.key, TOKEN_MS_DEFAULT
+                )
+            )
+            if step.lease is not None and step.failure is None:
+                self._answer(holder, holder.attach_granted, step.lease)
+
+    def release(self, request_id: str, holder: Any, lease_id: LeaseId) -> None:
+        if self.up:
+            self._do(
+                c.End(request_id, lease_id, EndCause.RELEASE, holder.name, tenant=holder.tenant,
+                      holder=holder.name)
+            )  # fmt: skip
+
+    def register(self, ask: c.Register, answer: Callable[..., None]) -> None:
+        if not self.up:
+            return
+        step = self._do(ask)
+        if step.failure is None:
+            owed = self.lessor.obligations(ask.node_id)
+            strangers = self.lessor.strangers(ask.node_id)
+            wants_live = self.lessor.wants_live(ask.node_id)
+            self.world.send("ledger", ask.node_id, answer, owed, strangers, wants_live, self.now_ms)
+
+    def bound(self, report: c.ReportBound) -> None:
+        if self.up:
+            self._do(report)
+
+    def credit(self, credit: c.Credit, answer: Callable[..., None]) -> None:
+        if not self.up:
+            return
+        step = self._do(credit)
+        refused = step.failure.code if step.failure else ""
+        receipt = credit.receipt
+        self.world.send(
+            "ledger", receipt.node_id, answer, receipt.lease_id, receipt.epoch, receipt.outcome,
+            refused,
+        )  # fmt: skip
+
+    def _answer(self, holder: Any, call: Callable[..., None], lease: Lease) -> None:
+        self.world.send("ledger", holder.name, call, lease, self.mint(lease))
+
+    def mint(self, lease: Lease) -> LeaseToken:
+        now_ms = self.clock.wall_ms()
+        return LeaseToken(
+            issuer=ISSUER, subject=lease.holder,
+            audience=audience_of(lease.node_id, lease.incarnation),
+            jti=f"{self.world.dice.getrandbits(128):032x}", iat_ms=now_ms // 1000 * 1000,
+            nbf_ms=now_ms // 1000 * 1000, exp_ms=min(now_ms + TOKEN_MS_DEFAULT, lease.end_ms),
+            holder_thumbprint=lease.holder_key, lease_id=lease.lease_id, kind=lease.kind,
+            amount=lease.amount, extent_offset=lease.extent_offset, ops=("read", "write"),
+            epoch=lease.epoch, generation=lease.generation, ttl_ms=lease.ttl_ms,
+            lease_end_ms=lease.end_ms, policy=lease.policy,
+        )  # fmt: skip
+
+    # time, authority and bad luck
+
+    def _tick(self) -> None:
+        if self.up:
+            self._store(self.lessor.tick(self.now_ms))
+        self.world.after(TICK_MS, self._tick)
+
+    def _operate(self) -> None:
+        """An operator revokes now and then, and clears what is fenced."""
+        if self.up:
+            leases = sorted(self.lessor.state.leases.values(), key=lambda lease: lease.lease_id)
+            active = [lease for lease in leases if lease.state is LeaseState.ACTIVE]
+            if active and self.world.chance(self.world.rates.revoke):
+                lease = self.world.dice.choice(active)
+                grace_ms = self.world.dice.choice([0, 500, 3_000])
+                self._do(c.End("op", lease.lease_id, EndCause.REVOKED, "op", "why", grace_ms))
+            for lease in leases:
+                if lease.state is LeaseState.FENCED and self.world.dice.random() < 0.3:
+                    nonce = f"{self.world.dice.getrandbits(128):032x}"
+                    self._do(c.ClearFence("op", lease.lease_id, "looked", False, "op", nonce))
+        self.world.after(1_000, self._operate)
+
+    def _suffer(self) -> None:
+        if self.up and self.world.chance(self.world.rates.ledger_crash):
+            self.world.tell("ledger crashes")
+            self.up = False
+            self.world.after(self.world.dice.randint(50, 6_000), self._recover)
+        self.world.after(self.world.dice.randint(1_000, 9_000), self._suffer)
+
+    def _recover(self) -> None:
+        self.lessor = Lessor()
+        for event in self.durable:
+            self.lessor.replay(event)
+        self.up = True
+        self.world.tell("ledger is back")
