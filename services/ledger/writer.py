@@ -58,7 +58,7 @@ class Ledger:
         readiness: Readiness, halt: Callable[[], None],
     ) -> None:  # fmt: skip
         self._store, self._lessor, self._clock, self._log = store, lessor, clock, log
-        self._meters, self._readiness = meters, readiness
+        self._meters, self._readiness, self._halt = meters, readiness, halt
         self._chain = store.chain()
         self._time = LedgerTime(lessor.state.now_ms)
         self._room_at_ms = 0
@@ -165,7 +165,13 @@ class Ledger:
             return
         began_ns = self._clock.boot_ns()
         records = to_records(events, self._chain, began_ns)
-        self._store.append(records, seals_over(records, self._store.key))
+        try:
+            self._store.append(records, seals_over(records, self._store.key))
+        except (FabricError, OSError) as error:
+            # In memory it has happened, on disk perhaps not: nobody may be answered from here on.
+            self._log.error("ledger.commit_failed", error)
+            self._halt()
+            raise failure.InvariantViolation("a batch is not known to be on disk") from error
         self._meters.committed(len(events), self._clock.boot_ns() - began_ns)
         self._records = records
 
