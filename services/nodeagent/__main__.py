@@ -316,7 +316,7 @@ class GateKeeper:
         if not self._tested and not core.recovering:
             self._tested = True
             threading.Thread(target=self._selftest, name="selftest", daemon=True).start()
-        closed = {name: "" for name in GATES}
+        closed = dict.fromkeys(GATES, "")
         for code, why in core.closed_gates(now).items():
             closed[_GATE_OF_HOLD.get(code, "replay")] = why
         contact_ms = registrar.contact_ms

@@ -1,4 +1,4 @@
-"""Carries the sealed records of this node to the audit collector, in order, each until acknowledged.
+"""Carries this node's sealed records to the audit collector, in order, until acknowledged.
 
 Rules. Only whole sealed batches leave. Where to begin is the collector's to say: its head is asked
 for at each new start, and whatever it has already is not sent again. A collector that is away costs

@@ -3,11 +3,12 @@
 Like a clerk at a counter who looks at the register, hands the parcel over, and looks again before
 he lets go of it: if the entry was struck out in between, the parcel goes back.
 
-Rules. Every operation asks the gate page before the first byte and again after the last; bytes read
-are given out, and bytes written are acknowledged, only if both answers were "open". While bytes move
-the operation counts as in flight in the gate page, so that a teardown can wait for it. A lease that
-is not the caller's is answered exactly like one that never was. A lease that has ended is answered
-with the cause of its end: the table of ended leases is bounded, and its oldest entries give way.
+Rules. Every operation asks the gate page before the first byte and again after the last; bytes
+read are given out, and bytes written are acknowledged, only if both answers were "open". While
+bytes move the operation counts as in flight in the gate page, so that a teardown can wait for it.
+A lease that is not the caller's is answered exactly like one that never was. A lease that has
+ended is answered with the cause of its end: the table of ended leases is bounded, and its oldest
+entries give way.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The counter of a node agent: the process that holders talk to.
 
-It has what holders need, their bytes and nothing else: duplicates of the memory of bound leases and
-the keys of bound blocks, no signing key, no record, no say. Control starts it, tells it what is open
-and kills it when it does not let go; whoever is killed here loses connections, not leases.
+It has what holders need, their bytes and nothing else: duplicates of the memory of bound leases
+and the keys of bound blocks, no signing key, no record, no say. Control starts it, tells it what
+is open and kills it when it does not let go; whoever is killed here loses connections, not leases.
 
     python -m services.nodeagent.front --link <fd> --gate <fd> --listen <endpoint> …
 
@@ -48,7 +48,7 @@ def main() -> None:
     flags = _flags()
     die_with_parent(flags.parent)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold tenants' bytes
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # control drains us; a terminal's ^C is not for us
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # control drains us
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Front(flags).run()
 

@@ -1,8 +1,9 @@
 """Block leases as the front serves them: the one file, opened here too, and a key per open lease.
 
 Rules. The key came over the link from control and lies in this process and in control alone; what
-proves the blocks, the table of tags, is a memfd that control keeps too, so that the next front reads
-on where this one was killed. Each front claims counters of its own before it encrypts anything.
+proves the blocks, the table of tags, is a memfd that control keeps too, so that the next front
+reads on where this one was killed. Each front claims counters of its own before it encrypts
+anything.
 """
 
 from __future__ import annotations

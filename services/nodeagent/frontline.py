@@ -1,9 +1,9 @@
 """Control's side of the front: starts it, opens everything to it, hears holders through it.
 
-Rules. A front is started whenever there is none, and a fresh one first gets every live lease and the
-causes of those that ended, and only then lets holders in. What arrives from a front that has been
-replaced is not heard. All of this happens in the owner's thread, but for the reading of the link,
-where tokens are verified.
+Rules. A front is started whenever there is none, and a fresh one first gets every live lease and
+the causes of those that ended, and only then lets holders in. What arrives from a front that has
+been replaced is not heard. All of this happens in the owner's thread, but for the reading of the
+link, where tokens are verified.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from grafos_core import failure
 from grafos_core.failure import FabricError
 from services.nodeagent import children
 from services.nodeagent.children import BackOff, Child, Line

@@ -1,19 +1,21 @@
 """Hands a lease's memory to a program on this machine: the descriptor itself, over a unix socket.
 
-A holder that was told a secret when it bound comes to this socket, shows the secret, and is given the
-memfd. It keeps the connection open for as long as it lives and hears of its leases on it; when the
-process dies the kernel closes the connection and, through the pidfd, says that it is gone.
+A holder that was told a secret when it bound comes to this socket, shows the secret, and is given
+the memfd. It keeps the connection open for as long as it lives and hears of its leases on it; when
+the process dies the kernel closes the connection and, through the pidfd, says that it is gone.
 
-    holder → {"v": 1, "secret": "<32 hex>", "session": "<32 hex>"}          one packet
-    agent  → {"v": 1, "lease_id": …, "descriptor": true} + descriptor       or {"v": 1, "failure": {…}}
-    agent  → {"v": 1, "notice": {"lease_id", "kind", "reason", "grace_ms", "failure"}}   at any time
+    holder → {"v": 1, "secret": "<32 hex>", "session": "<32 hex>"}      one packet
+    agent  → {"v": 1, "lease_id": …, "descriptor": true} + descriptor
+             {"v": 1, "failure": {"class": …, "code": …, …}}            refused, and the end
+             {"v": 1, "notice": {"lease_id", "kind", "reason", "grace_ms", "failure"}}  any time
 
 Rules. The socket is SOCK_SEQPACKET, a message is one packet of JSON; anybody on the machine may
-connect, the secret is what counts: 128 random bits, good once, for five seconds, for the user whose
-lease it is (SO_PEERCRED, where the holder's name says which user that is). A wrong one ends the
-connection. One connection serves all leases of a process. The descriptor that leaves is an open file
-description of its own, so that locks taken on it are the holder's. Control has marked the lease as
-exported before the descriptor leaves. Leases without a descriptor use the same handshake.
+connect, the secret is what counts: 128 random bits, good once, for five seconds, for the user
+whose lease it is (SO_PEERCRED, where the holder's name says which user that is). A wrong one ends
+the connection. One connection serves all leases of a process. The descriptor that leaves is an
+open file description of its own, so that locks taken on it are the holder's. Control has marked
+the lease as exported before the descriptor leaves. Leases without a descriptor use the same
+handshake.
 """
 
 from __future__ import annotations

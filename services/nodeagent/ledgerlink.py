@@ -2,9 +2,9 @@
 
 Rules. Everything here repeats until it is acknowledged, and everything it sends may arrive twice.
 A receipt is signed anew at each sending, with the key that is in force then. What comes back is
-handed to control as it came; nothing is decided here. Two threads, so that a slow answer to one kind
-of message does not hold up the other: registration carries the readiness evidence and must be on
-time. A ledger that is away costs one try per back-off period, never a tenant's time.
+handed to control as it came; nothing is decided here. Two threads, so that a slow answer to one
+kind of message does not hold up the other: registration carries the readiness evidence and must be
+on time. A ledger that is away costs one try per back-off period, never a tenant's time.
 """
 
 from __future__ import annotations

