@@ -1,7 +1,7 @@
 """Golden scripts for the node agent's core: one command a line, effects as they are to be done.
 
 node [mem=65536] [block=64]            a fresh node, started, ready, heard (the default)
-restart open=a,b fences=c owed=d       the same node after a crash, with what its records hold
+restart open=a,b fences=c owed=d used=5 journal=a      after a crash, by what its records hold
 at 5000 [wall=…]                       now; the wall clock is 1000000 later unless said
 bind a [epoch=1] [gen=1] [amount=4096] [offset=0] [ttl=10000] [end=…] [key=K] [session=s]
      [exit=keep] [stop=…] [reconnect=…] [kind=mem]
@@ -20,6 +20,7 @@ from typing import Any
 
 from grafos_core import failure
 from grafos_core import node_effects as e
+from grafos_core.epochs import EpochWindow, ExtentEpochs
 from grafos_core.failure import FabricError
 from grafos_core.gate import fresh_epochs
 from grafos_core.lease import Kind, LeaseId, OnHolderExit, Policy
@@ -179,6 +180,12 @@ class Script:
             for one in owed
         )  # fmt: skip
         epochs = {kind: fresh_epochs(kind) for kind in (Kind.MEM, Kind.BLOCK)}
+        for number in options.get("used", "").split(","):
+            for one in epochs.values():
+                if isinstance(one, EpochWindow) and number:
+                    one.use(int(number))
+                elif isinstance(one, ExtentEpochs) and number:
+                    one.use(0, 64, int(number))
         recovered = Recovered(
             epochs, tuple(binds), tuple(FenceFacts.of_cause(one, "erase: EIO") for one in fences),
             receipts, WALL_MS,

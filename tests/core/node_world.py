@@ -403,7 +403,7 @@ def walk(seed: int, steps: int) -> World:
     dice = Dice(seed)
     weights = [float(dice.choice([0, 1, 2, 4, 8])) for _ in ACTIONS]
     weights[ACTIONS.index("bind")] += 8
-    weights[ACTIONS.index("crash")] *= 0.1
+    weights[ACTIONS.index("crash")] *= 0.3
     world = World()
     for name in dice.choices(ACTIONS, weights, k=steps):
         world.act(name, dice)

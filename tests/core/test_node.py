@@ -21,7 +21,7 @@ from tests.core.node_world import ACTIONS, CAPACITIES, World, walk
 from tests.golden import run_golden, scripts
 
 HERE = Path(__file__).resolve().parent
-WALKS, STEPS = 60, 200
+WALKS, STEPS = 40, 150
 
 
 @pytest.mark.parametrize("path", scripts(HERE, "node"), ids=lambda path: path.stem)
