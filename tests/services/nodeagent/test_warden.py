@@ -132,12 +132,14 @@ def test_at_the_deadline_it_truncates_measures_and_tells(gate: GatePage, ward: W
 
 def test_a_raised_deadline_stands_and_is_never_lowered(gate: GatePage, ward: Ward) -> None:
     fd = memory(A)
+    open_gate(gate, A, 3)
     hold(ward.link, A, 3, 300, fd)
     later_ms = boot_ms() + FAR_MS
     assert ward.ask("raise", lease=A, deadline_ms=later_ms)["deadline_ms"] == later_ms
     assert ward.ask("raise", lease=A, deadline_ms=boot_ms() + 10)["deadline_ms"] == later_ms
     assert ward.link.receive(400) is None
     assert os.fstat(fd).st_size == MIB
+    assert verdict(gate, A, 3) is Verdict.OPEN, "its cell has the later deadline too"
     assert ward.ask("raise", lease=B, deadline_ms=later_ms)["deadline_ms"] is None
     os.close(fd)
 
