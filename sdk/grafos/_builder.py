@@ -31,7 +31,6 @@ LATER: Final = frozenset(
 """Options of later versions."""
 
 L = TypeVar("L", bound=Lease)
-B = TypeVar("B", bound="Builder[Any]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +98,11 @@ class Builder(Generic[L]):
         self, *, node: str | None = None, label: Mapping[str, str] | None = None, **labels: str
     ) -> Self:
         """Only on this node, or only on nodes with these labels: `where(zone="a")`."""
-        asked = {**(label or {}), **labels} | ({"node": node} if node is not None else {})
+        asked = {**(label if label is not None else {}), **labels}
+        if node is not None:
+            asked["node"] = node
         for name, value in asked.items():
-            if not isinstance(name, str) or not isinstance(value, str) or not name or not value:
+            if not (_is_text(name) and _is_text(value)):
                 raise failure.of("INVALID", "where: names and values are texts")
         asked = {**self._request.where, **asked}
         if len(asked) > LABELS_MAX:
@@ -133,7 +134,7 @@ class Builder(Generic[L]):
         """
         if self._request.amount is None:
             raise failure.of("MISSING_FIELD", self.amount_option)
-        return self._fabric().acquire(self._request, self.lease_class)
+        return self._fabric()._acquire(self._request, self.lease_class)
 
     def _attach(self, lease_id: str) -> L:
         """Take up a live lease whose holder went away: same epoch, next generation.
@@ -142,7 +143,7 @@ class Builder(Generic[L]):
             Denied: code NOT_FOUND; there is no such lease, or it is somebody else's.
             LeaseExpired, Revoked, Fenced: it is over.
         """
-        return self._fabric().attach(check_lease_id(lease_id), self._request, self.lease_class)
+        return self._fabric()._attach(check_lease_id(lease_id), self._request, self.lease_class)
 
     attach = _OnClassToo(_attach)
 
@@ -177,3 +178,7 @@ class Builder(Generic[L]):
         from grafos._connection import default_fabric  # loads gRPC, not before it is needed
 
         return default_fabric()
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value)

@@ -96,7 +96,7 @@ class Fabric:
         self._check_usable()
         for each in list(self._leases.values()):
             each._tick()
-        self.hear()
+        self._hear()
         self._give_back_abandoned()
 
     tick = poll
@@ -190,7 +190,7 @@ class Fabric:
 
     # What builders and leases use. Not for users.
 
-    def acquire(self, request: Request, made: type[L]) -> L:
+    def _acquire(self, request: Request, made: type[L]) -> L:
         """Ask admission, bind at the node, join its session. Whatever fails is given back."""
         self._before_call()
         started_ns = _clock.boot_ns()
@@ -211,7 +211,7 @@ class Fabric:
         _count("acquire", taken, started_ns)
         return taken
 
-    def attach(self, lease_id: str, request: Request, made: type[L]) -> L:
+    def _attach(self, lease_id: str, request: Request, made: type[L]) -> L:
         self._before_call()
         started_ns = _clock.boot_ns()
         message = admission_pb2.AttachRequest(request_id=new_request_id(), lease_id=lease_id)
@@ -223,13 +223,13 @@ class Fabric:
         _count("attach", taken, started_ns)
         return taken
 
-    def renew(self, lease_id: str, ttl_ms: int, timeout_ms: float) -> Any:
+    def _renew(self, lease_id: str, ttl_ms: int, timeout_ms: float) -> Any:
         request = admission_pb2.RenewRequest(
             request_id=new_request_id(), lease_id=lease_id, ttl_ms=ttl_ms
         )
         return self._ask("Renew", request, timeout_ms)
 
-    def give_back(self, grip: Grip) -> TeardownReceipt:
+    def _give_back(self, grip: Grip) -> TeardownReceipt:
         """Release at the node; through admission where the node cannot be reached.
 
         Raises:
@@ -254,17 +254,17 @@ class Fabric:
             raise failure.of("QUARANTINED", lease_id=grip.lease_id, epoch=grip.epoch)
         return receipt
 
-    def abandon(self, grip: Grip) -> None:
+    def _abandon(self, grip: Grip) -> None:
         """To be given back at the next call. Safe in a finalizer: takes no lock, does no I/O."""
         self._abandoned.append(grip)
 
-    def queue_notice(self, notice: Notice) -> None:
+    def _queue_notice(self, notice: Notice) -> None:
         self._notices.append(notice)
         concerned = self._leases.get(notice.lease_id)
         if concerned is not None:
             concerned._check_ns = 0
 
-    def hear(self) -> None:
+    def _hear(self) -> None:
         """Take what the nodes have said, and run the callbacks that wait. Never waits."""
         for node in list(self._nodes.values()):
             node.poll()
@@ -277,7 +277,7 @@ class Fabric:
             if concerned is not None:
                 concerned._deliver(notice)
 
-    def in_child(self) -> None:
+    def _in_child(self) -> None:
         """After a fork, in the child: let go of everything without a word."""
         self.is_forked = True
         self._lock = threading.Lock()
@@ -293,7 +293,7 @@ class Fabric:
         if concerned is None:
             return
         concerned._noticed(notice)
-        self.queue_notice(notice)
+        self._queue_notice(notice)
 
     def _bind(self, verb: str, answer: Any, request: Request, made: type[L]) -> L:
         granted = answer.lease
@@ -310,7 +310,10 @@ class Fabric:
             )
             taken = made(self, grip, granted, bound, holder)
             taken._take_memory(None)
+            before = self._leases.get(grip.lease_id)
             self._leases[grip.lease_id] = taken
+            if before is not None:  # attached again by its own holder: one of the two goes on
+                before._finish(failure.of("EPOCH_STALE", "attached again in this process"))
             taken._take_memory(node.take_up(bound))
         except BaseException:
             if verb == "Bind":  # what was there before us is not ours to end
@@ -331,9 +334,9 @@ class Fabric:
             )
             self._admission.call("Release", request, RELEASE_MS_MAX)
         except FabricError:
-            self.abandon(grip)
+            self._abandon(grip)
         except BaseException:
-            self.abandon(grip)
+            self._abandon(grip)
             raise
 
     def _settle(self, grip: Grip) -> TeardownReceipt:
@@ -380,13 +383,13 @@ class Fabric:
     def _give_back_one(self, grip: Grip) -> None:
         observe.FabricMetrics.global_().leases_active.dec(label=grip.kind)
         try:
-            self.give_back(grip)
+            self._give_back(grip)
         except FabricError:  # its deadline, or the end of this process, takes it back
             pass
 
     def _before_call(self) -> None:
         self._check_usable()
-        self.hear()
+        self._hear()
         self._give_back_abandoned()
 
     def _ask(self, method: str, request: Any, timeout_ms: float) -> Any:
@@ -549,7 +552,7 @@ def _in_child() -> None:
     taking them down would talk to threads that exist in the parent only."""
     global _default, _default_lock
     for fabric in list(_open):
-        fabric.in_child()
+        fabric._in_child()
         _parents.append(fabric)
     _open.clear()
     _entered.clear()

@@ -102,6 +102,15 @@ class Lease:
         "_told_lost", "_ttl_ms", "_until_ns",
     )  # fmt: skip
     kind: ClassVar[str] = ""
+    _check_ns: int
+    """Boottime from which on an operation looks for news before it begins; 0: at once."""
+    _until_ns: int
+    """The holder's own stop, by boottime."""
+    _size_bytes: int
+    _expiry_ms: int
+    _generation: int
+    _ttl_ms: int
+    _lifetime_end_ms: int | None
 
     def __init__(
         self, fabric: Fabric, grip: Grip, granted: Any, bound: Any, holder: HolderLease
@@ -223,13 +232,13 @@ class Lease:
             if known is not None and known.credited:
                 return known
             try:
-                receipt = self._fabric.give_back(self._grip)
+                receipt = self._fabric._give_back(self._grip)
             except Fenced as fenced:
                 self._receipt = fenced
                 raise _again(fenced, self._grip) from None
             except BaseException:
                 if known is None:
-                    self._fabric.abandon(self._grip)
+                    self._fabric._abandon(self._grip)
                 raise
             self._receipt = receipt
             return receipt
@@ -269,7 +278,7 @@ class Lease:
             if error is not None and not isinstance(error, Exception):
                 error.add_note(f"and the lease could not be given back: {failed}")
                 return  # an interruption goes first
-            raise
+            raise failed from error
 
     async def __aenter__(self) -> Self:
         return self
@@ -288,11 +297,12 @@ class Lease:
         grip = getattr(self, "_grip", None)
         if grip is None or self._end is not None or grip.keep or self._fabric.is_forked:
             return
-        self._fabric.abandon(grip)  # takes no lock: the collector may run in the middle of anything
+        self._fabric._abandon(
+            grip
+        )  # takes no lock: the collector may run in the middle of anything
         warnings.warn(
             f"lease {grip.lease_id} was never released; it is given back at the next call",
             ResourceWarning,
-            source=self,
             stacklevel=2,
         )
 
@@ -313,7 +323,7 @@ class Lease:
     def _look(self) -> None:
         """Before an operation, when it has not been done for a while: is there news, is it over?"""
         self._check_not_forked()
-        self._fabric.hear()
+        self._fabric._hear()
         self._tick()
         with self._lock:
             if self._end is None:
@@ -340,7 +350,7 @@ class Lease:
     def _verdict(self) -> FabricError:
         """Why an operation that moved its bytes must not be believed. May end the lease."""
         self._check_not_forked()
-        self._fabric.hear()
+        self._fabric._hear()
         self._tick()
         if self._end is None:
             self._ask_for_the_cause()
@@ -390,7 +400,7 @@ class Lease:
             epoch=self.epoch, reason=cause.code,
         )  # fmt: skip
         if tell:
-            self._fabric.queue_notice(
+            self._fabric._queue_notice(
                 Notice(self.lease_id, tell, cause.code, 0, _again(cause, self._grip))
             )
 
@@ -428,7 +438,7 @@ class Lease:
         self._renewal_sent()
         timeout_ms = max(1, min(RENEW_MS_MAX, self.remaining_ms()))
         end_ms = _clock.boot_ms() + timeout_ms
-        granted = self._fabric.renew(self.lease_id, ttl_ms, timeout_ms)
+        granted = self._fabric._renew(self.lease_id, ttl_ms, timeout_ms)
         self._renewal_sent()
         try:
             answer = self._grip.node.extend(granted.token, end_ms - _clock.boot_ms())
@@ -466,7 +476,7 @@ class Lease:
         failing = _again(failure.of("JEOPARDY", why), self._grip)
         assert isinstance(failing, Degraded)
         observe.emit("lease.jeopardy", lease_id=self.lease_id, epoch=self.epoch, reason=why)
-        self._fabric.queue_notice(Notice(self.lease_id, "degraded", why, 0, failing))
+        self._fabric._queue_notice(Notice(self.lease_id, "degraded", why, 0, failing))
 
     def _check_not_forked(self) -> None:
         if self._fabric.is_forked:

@@ -1,9 +1,9 @@
 """A small fabric in one process for the SDK's tests: real wire, real certificates, real memory.
 
 Admission is a notebook behind a real gRPC listener. The node has the agent's own desks, the RPCs
-for holders and the hand-over socket, over a control that does in a few lines what a node agent must:
-bind, extend, end at the deadline, cut the memory, sign the receipt. A test can make each of them
-slow, silent or refusing.
+for holders and the hand-over socket, over a control that does in a few lines what a node agent
+must: bind, extend, end at the deadline, cut the memory, sign the receipt. A test can make each of
+them slow, silent or refusing.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
         self.book, self.endpoint, self.descriptor = book, "", True
         self.before: Callable[[str], None] = lambda method: None
         self.calls: list[tuple[str, Any]] = []
+        self.on_revoke: Callable[[str, str], None] = lambda lease_id, reason: None
 
     def _heard(self, method: str, request: Any) -> None:
         self.calls.append((method, request))
@@ -169,6 +170,19 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
             if request.kind in (0, each.kind) and each.lease_id.startswith(request.prefix)
         ]  # fmt: skip
         return admission_pb2.ListLeasesResponse(leases=found)
+
+    def Revoke(self, request: Any, context: Any) -> Any:
+        self._heard("Revoke", request)
+        leases = [self.book.find(each).lease for each in request.lease_ids]
+        for each in leases:
+            self.on_revoke(each.lease_id, request.reason)
+        return admission_pb2.RevokeResponse(leases=leases)
+
+    def Explain(self, request: Any, context: Any) -> Any:
+        raise failure.of("VERSION", "not in this notebook")
+
+    def Watch(self, request: Any, context: Any) -> Any:
+        raise failure.of("VERSION", "not in this notebook")
 
     def _answer(self, grant: Granted) -> Any:
         token = secrets.token_hex(16)
@@ -370,6 +384,9 @@ class World:
         self.sessions = Sessions(self.control)
         self.control.sessions = self.sessions
         self.admission = Admission(self.book)
+        self.admission.on_revoke = lambda lease_id, reason: self.control.end(
+            lease_id, failure.of("REVOKED", reason), "revoked"
+        )
         self.handover_path = folder / "h" / "h.sock"
         self.servers = [self._serve_node(), self._serve_admission()]
         self.admission.endpoint = self.servers[0].endpoints[0]
@@ -377,7 +394,7 @@ class World:
 
     @property
     def endpoint(self) -> str:
-        return self.servers[1].endpoints[0]
+        return str(self.servers[1].endpoints[0])
 
     def credentials(self, identity: Identity) -> Credentials:
         key = certificates.new_tls_key()
