@@ -70,7 +70,7 @@ def start(process: Process) -> None:
     clear_key = _key(process, "clear.key")
     ledger.begin(_own_keys(own, store.key, clear_key), _started(store.key))
     servicer = LedgerServicer(ledger, keys, clear_key, own)
-    wakes = _wire(process, ledger, store, servicer, files)
+    wakes = _wire(process, ledger, store, servicer, files, lessor)
 
     def happened(events: Sequence[Event]) -> None:
         for event in events:
@@ -120,8 +120,9 @@ def _key(process: Process, name: str) -> SigningKey:
 
 
 def _wire(
-    process: Process, ledger: Ledger, store: Store, servicer: LedgerServicer, files: IdentityFiles
-) -> list[Any]:
+    process: Process, ledger: Ledger, store: Store, servicer: LedgerServicer, files: IdentityFiles,
+    lessor: Lessor,
+) -> list[Any]:  # fmt: skip
     """The two that speak to others by themselves; what to call when something has happened."""
     values = process.values
     nodes = Nodes(
@@ -129,8 +130,10 @@ def _wire(
         trust_domain=values.trust_domain, dice=process.dice, clock=process.clock, log=process.log,
     )  # fmt: skip
     ledger.on_obligations = nodes.wake
+    owing = list(lessor.state.nodes.values())  # the ledger's thread has not begun
     nodes.start()
     process.on_stop(nodes.stop)
+    nodes.wake(node.node_id for node in owing if node.owing)
     if not values.audit:
         return []
     audit = Identity(values.trust_domain, Role.SERVICE, None, "audit")

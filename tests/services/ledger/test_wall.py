@@ -1,0 +1,65 @@
+"""Row G13, the ledger's part: its time neither goes back nor leaps."""
+
+from __future__ import annotations
+
+from services.ledger.wall import LedgerTime
+from services.runtime.clock import Instant
+
+NOW = 1_900_000_000_000
+HOUR = 3_600_000
+
+
+def test_time_is_the_wall_clocks_while_that_is_in_order() -> None:
+    time = LedgerTime(0)
+    assert time.read(Instant(100, NOW)) == NOW
+    assert time.read(Instant(1_100, NOW + 1_002)) == NOW + 1_002
+    assert time.why == ""
+
+
+def test_a_wall_clock_set_back_stops_time_and_closes_the_gate() -> None:
+    time = LedgerTime(0)
+    time.read(Instant(0, NOW))
+    assert time.read(Instant(1_000, NOW - HOUR)) == NOW
+    assert "behind the time floor" in time.why
+    assert time.read(Instant(2_000, NOW + 5)) == NOW + 5
+    assert time.why == ""
+
+
+def test_a_few_milliseconds_back_are_not_worth_a_word() -> None:
+    time = LedgerTime(0)
+    time.read(Instant(0, NOW))
+    assert time.read(Instant(10, NOW - 400)) == NOW
+    assert time.why == ""
+
+
+def test_a_start_below_what_is_on_disk_waits_for_the_floor() -> None:
+    time = LedgerTime(NOW + HOUR)
+    assert time.read(Instant(0, NOW)) == NOW + HOUR
+    assert time.why != ""
+    assert time.read(Instant(HOUR, NOW + HOUR + 1)) == NOW + HOUR + 1
+    assert time.why == ""
+
+
+def test_a_wall_clock_that_leaps_is_not_followed() -> None:
+    """Leases that are live would all be over at once."""
+    time = LedgerTime(0)
+    time.read(Instant(0, NOW))
+    for second in (1, 2, 3):
+        moved = time.read(Instant(second * 1_000, NOW + 365 * 24 * HOUR + second * 1_000))
+        assert moved == NOW + second * 1_000
+        assert "leapt ahead" in time.why
+    assert time.read(Instant(4_000, NOW + 4_000)) == NOW + 4_000
+    assert time.why == ""
+
+
+def test_a_leap_that_lasts_is_believed_at_the_next_start() -> None:
+    time = LedgerTime(NOW)
+    assert time.read(Instant(0, NOW + HOUR)) == NOW + HOUR
+    assert time.why == ""
+
+
+def test_a_machine_that_slept_has_not_leapt() -> None:
+    time = LedgerTime(0)
+    time.read(Instant(0, NOW))
+    assert time.read(Instant(HOUR, NOW + HOUR)) == NOW + HOUR
+    assert time.why == ""
