@@ -49,6 +49,8 @@ AMOUNT_MAX: Final = 2**62
 BLOCK_BYTES: Final = 4096
 """Unit of block leases; amounts of other kinds are bytes, cores per mille or bits per second."""
 RECONNECT_MS_DEFAULT: Final = 5_000
+PAGE_BYTES: Final = 4096
+"""Granule of leases that are counted in bytes."""
 
 
 class Kind(enum.StrEnum):
@@ -63,6 +65,11 @@ class Kind(enum.StrEnum):
     @property
     def has_extents(self) -> bool:
         return self is Kind.BLOCK
+
+    @property
+    def granule(self) -> int:
+        """Amounts are multiples of this."""
+        return PAGE_BYTES if self in (Kind.MEM, Kind.GPU) else 1
 
 
 class LeaseState(enum.StrEnum):

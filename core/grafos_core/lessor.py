@@ -253,6 +253,8 @@ class Lessor:
             raise failure.of("PRECONDITION", "the lease id is in use")
         if not 0 < ask.amount <= AMOUNT_MAX:
             raise failure.of("RANGE", f"amount: 1 to {AMOUNT_MAX}")
+        if ask.amount % ask.kind.granule:
+            raise failure.of("RANGE", f"amount: a multiple of {ask.kind.granule}")
         if not 0 < ask.bind_within_ms <= TOKEN_MS_MAX:
             raise failure.of("RANGE", f"bind_within_ms: 1 to {TOKEN_MS_MAX}")
         if ask.lifetime_ms is not None and ask.lifetime_ms < TTL_MS_MIN:

@@ -26,7 +26,6 @@ ISOLATION_OFFERED: Mapping[Kind, frozenset[Isolation]] = {
 }
 """What a node can prove today; a kind that is not listed proves nothing."""
 HELD_BY_MAX = 16
-GRANULE: Mapping[Kind, int] = {Kind.MEM: 4096, Kind.GPU: 4096}
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +201,7 @@ def _gone_by_ms(lease: Lease) -> int | None:
 
 def rounded(kind: Kind, amount: int) -> int:
     """Up to the kind's granule: memory goes by pages."""
-    granule = GRANULE.get(kind, 1)
-    return -(-amount // granule) * granule
+    return -(-amount // kind.granule) * kind.granule
 
 
 def _rank(request: Request, amount: int, view: NodeView) -> tuple[int, bytes]:
