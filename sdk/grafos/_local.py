@@ -5,8 +5,9 @@
 
 Rules. Everything lies in a temporary folder and ends with this process, however it ends: the
 supervisor holds the reading end of a pipe that only this process can write. A child that this
-process forks gives its copy of that end away at once. Any number of fabrics may run side by side.
-Nothing is started before `start`, and `close` is idempotent.
+process forks gives its copy of that end away at once. Any number of fabrics may run side by side;
+within `with`, builders ask the innermost. Nothing is started before `start` or `with`, and `close`
+is idempotent.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from grafos import _clock
 from grafos._cluster import description as descriptions
@@ -29,6 +30,9 @@ from grafos._cluster.layout import Layout
 from grafos._cluster.telephone import ask
 from grafos_core import failure
 from grafos_core.failure import FabricError
+
+if TYPE_CHECKING:
+    from grafos._connection import Fabric
 
 MEMORY_BYTES_DEFAULT: Final = 256 << 20
 BLOCK_BYTES_DEFAULT: Final = 64 << 20
@@ -58,6 +62,8 @@ class LocalFabric:
         )  # fmt: skip
         self._launched: Launched | None = None
         self._lifeline = -1
+        self._connection: Fabric | None = None
+        self._is_entered = False
         self._owner_pid = os.getpid()
         self.layout = Layout(Path(), Path())
 
@@ -86,6 +92,9 @@ class LocalFabric:
         launched, self._launched = self._launched, None
         if launched is None or os.getpid() != self._owner_pid:
             return
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
         self._let_go()
         launched.close()
         try:
@@ -98,7 +107,11 @@ class LocalFabric:
             _remove(self.layout.state.parent)
 
     def __enter__(self) -> Self:
-        return self.start() if self._launched is None else self
+        if self._launched is None:
+            self.start()
+        self.connection.__enter__()
+        self._is_entered = True
+        return self
 
     def __exit__(
         self,
@@ -106,6 +119,8 @@ class LocalFabric:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._is_entered and self._connection is not None:
+            self._connection.__exit__(kind, error, trace)
         self.close()
 
     def _let_go(self) -> None:
@@ -114,6 +129,15 @@ class LocalFabric:
             os.close(descriptor)
 
     # looking
+
+    @property
+    def connection(self) -> Fabric:
+        """This process's connection to it, as `connect()` gives one to others."""
+        if self._connection is None or self._connection.closed:
+            from grafos._connection import to_cluster  # loads gRPC, not before it is needed
+
+            self._connection = to_cluster(self.description)
+        return self._connection
 
     @property
     def description(self) -> ClusterDescription:

@@ -1,7 +1,148 @@
-"""fence."""
+"""`grafos fence`: slices whose teardown failed, and giving them back after somebody has looked.
 
+Rules. A fenced slice serves nobody until its node has measured it anew, or an operator takes what
+may be left in it upon himself. Either way it is recorded who cleared it, and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from grafos import _clock
+from grafos._cli import output
+from grafos._cli.exits import FAILED, OK
+from grafos._cli.lease import size
 from grafos._cli.nouns import Tree
+from grafos._cli.output import Column, Listing, Row
+from grafos_core import failure
+
+CLEAR_MS_MAX = 10_000
+LOOK_MS = 100
 
 
 def register(tree: Tree) -> None:
-    pass
+    noun = tree.noun("fence", "slices whose teardown failed")
+    listing = noun.verb("list", "what is fenced, and since when", _list)
+    listing.add_argument("--node", default="", help="only at this node")
+    output.add_flags(listing)
+    describe = noun.verb("describe", "what is known of one fence", _describe)
+    describe.add_argument("lease_id", help="or the beginning of it")
+    describe.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    probe = noun.verb("probe", "let the node measure a slice again; frees nothing", _probe)
+    probe.add_argument("lease_id", help="or the beginning of it")
+    probe.add_argument("-o", "--output", choices=("table", "json"), default="table")
+    clear = noun.verb("clear", "have it torn down and measured once more, then freed", _clear)
+    clear.add_argument("lease_id", nargs="+", help="or the beginning of it")
+    clear.add_argument("--reason", required=True, help="recorded with your name")
+    clear.add_argument(
+        "--i-accept-residue", action="store_true",
+        help="free it though nothing proves that it is empty",
+    )  # fmt: skip
+    clear.add_argument("--no-wait", action="store_true", help="do not wait for it to be free")
+
+
+def _list(given: argparse.Namespace) -> int:
+    from grafos._cli.operator import Operator, lease_row
+    from grafos_proto.v1 import lease_pb2
+
+    with Operator(given) as operator:
+
+        def fetch() -> list[dict[str, object]]:
+            fenced = operator.leases(state=lease_pb2.LEASE_STATE_FENCED, node_id=given.node)
+            return [lease_row(lease) for lease in fenced]
+
+        return output.show(given, fetch, FENCES)
+
+
+def _describe(given: argparse.Namespace) -> int:
+    from grafos._cli.operator import Operator, lease_row
+
+    with Operator(given) as operator:
+        row = lease_row(operator.lease(given.lease_id))
+    if row["state"] != "fenced":
+        raise failure.of("NOT_FOUND", f"lease {row['lease_id']} is {row['state']}, not fenced")
+    if given.output == "json":
+        print(json.dumps(row, sort_keys=True))
+        return OK
+    evidence = [(f"  {name}", value) for name, value in row["fence_evidence"].items()]
+    facts = [
+        ("lease", row["lease_id"]), ("slice", f"{size(row)} of {row['kind']} at {row['node_id']}"),
+        ("epoch", row["epoch"]), ("cause", row["fence_cause"]), ("since", _since(row)),
+        ("ended by", row["cause"]), ("holder", row["holder"]), *evidence,
+    ]  # fmt: skip
+    print(output.facts(facts), end="")
+    return OK
+
+
+def _probe(given: argparse.Namespace) -> int:
+    from grafos._cli.operator import Operator
+    from grafos_proto.v1 import node_pb2
+
+    with Operator(given) as operator:
+        lease = operator.lease(given.lease_id)
+        request = node_pb2.ProbeRequest(lease_id=lease.lease_id)
+        found = operator.node(lease.node_id, "Probe", request)
+    evidence = dict(found.evidence)
+    if given.output == "json":
+        print(json.dumps({"clean": found.clean, "evidence": evidence}, sort_keys=True))
+    else:
+        verdict = "clean: a clear would succeed now" if found.clean else "not clean"
+        print(output.facts([("verdict", verdict), *sorted(evidence.items())]), end="")
+    return OK if found.clean else FAILED
+
+
+def _clear(given: argparse.Namespace) -> int:
+    from grafos._cli.operator import Operator, new_request_id
+    from grafos_proto.v1 import ledger_pb2
+
+    status = OK
+    with Operator(given) as operator:
+        for lease_id in [operator.lease(text).lease_id for text in given.lease_id]:
+            order = ledger_pb2.ClearFence(
+                request_id=new_request_id(), lease_id=lease_id, reason=given.reason,
+                accept_residue=given.i_accept_residue,
+            )  # fmt: skip
+            operator.commit(ledger_pb2.Command(clear=order))
+            if given.no_wait:
+                print(f"{lease_id} clear ordered")
+                continue
+            state = _wait_cleared(operator, lease_id)
+            print(f"{lease_id} {state}")
+            status = OK if state == "released" else FAILED
+    return status
+
+
+def _wait_cleared(operator: object, lease_id: str) -> str:
+    """The state that the order has led to, or `fenced` when it has not in time."""
+    from grafos._cli.operator import STATE_NAMES, Operator
+
+    assert isinstance(operator, Operator)
+    until_ms = _clock.boot_ms() + CLEAR_MS_MAX
+    while True:
+        state = STATE_NAMES[operator.lease(lease_id).state]
+        if state == "released" or _clock.boot_ms() >= until_ms:
+            return state
+        _clock.sleep_ms(LOOK_MS)
+
+
+def _since(row: Row) -> str:
+    return output.duration(max(0, _clock.wall_ms() - (row["fenced_at_ms"] or 0)))
+
+
+FENCES = Listing(
+    [
+        Column("LEASE", lambda row: row["lease_id"][:12]),
+        Column("NODE", lambda row: row["node_id"]),
+        Column("KIND", lambda row: row["kind"]),
+        Column("SIZE", size),
+        Column("SINCE", _since),
+        Column("CAUSE", lambda row: row["fence_cause"]),
+        Column("EPOCH", lambda row: row["epoch"], wide=True),
+        Column("ENDED BY", lambda row: row["cause"], wide=True),
+        Column("HOLDER", lambda row: row["holder"], wide=True),
+        Column("ID", lambda row: row["lease_id"], wide=True),
+    ],
+    name=lambda row: str(row["lease_id"]),
+    empty="nothing is fenced",
+)

@@ -30,6 +30,7 @@ READY_MS_MAX: Final = 60_000
 END_MS_MAX: Final = 40_000
 """Three groups of processes are stopped one after another, each within 8 s, and 5 s if killed."""
 REPORT_BYTES_MAX: Final = 16_384
+LOG_CHARS_MAX: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +142,18 @@ def why_not_ready(layout: Layout) -> str:
         status = ask(layout.supervisor_socket, {"op": "status"})
     except FabricError:
         return "the fabric is not ready, and its supervisor does not answer"
-    waits = [
-        f"{each['name']} ({', '.join(f'{gate}: {why}' for gate, why in closed.items())})"
-        for each in status["processes"]
-        if (closed := each["closed_gates"])
-    ]
+    waits = [_waits(each, layout) for each in status["processes"] if each["closed_gates"]]
     return f"not ready yet: {'; '.join(waits)}"
+
+
+def _waits(process: Mapping[str, Any], layout: Layout) -> str:
+    """Its closed gates; of one that has not come so far, the last that it has logged."""
+    name = str(process["name"])
+    text = f"{name} ({', '.join(f'{gate}: {why}' for gate, why in process['closed_gates'].items())}"
+    if "http" not in process["endpoints"]:
+        last = " ".join(tail(layout.log(name), 1))[:LOG_CHARS_MAX]
+        text += f", started {process['restarts'] + 1} times, last said: {last or 'nothing'}"
+    return text + ")"
 
 
 def end(pid: int, start: int, timeout_ms: int = END_MS_MAX) -> str:

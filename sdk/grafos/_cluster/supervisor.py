@@ -409,6 +409,10 @@ class Supervisor:
         if self._ephemeral:
             for folder in (self._layout.run, self._layout.state):
                 shutil.rmtree(folder, ignore_errors=True)
+            try:
+                self._layout.state.parent.rmdir()
+            except OSError:
+                pass  # something else is in it, which is not ours
 
     def _stop_group(self, group: Sequence[Slot]) -> None:
         running = [slot.child for slot in group if slot.child is not None]

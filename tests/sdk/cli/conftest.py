@@ -34,10 +34,10 @@ def cli(place: Path) -> Cli:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }  # fmt: skip
 
-    def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, timeout_s: float = 60, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-m", "grafos._cli", *words],
-            capture_output=True, text=True, timeout=120, check=False, cwd=place,
+            capture_output=True, text=True, timeout=timeout_s, check=False, cwd=place,
             env=environment | more,
         )  # fmt: skip
 

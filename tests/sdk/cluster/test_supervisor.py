@@ -144,7 +144,7 @@ def test_a_fabric_ends_with_its_program_also_by_sigkill_and_though_it_has_forked
         folder, *pids = program.stdout.readline().split()
         program.kill()
         eventually(lambda: all(is_gone(int(pid)) for pid in pids))
-        eventually(lambda: not (Path(folder) / "state").exists())
+        eventually(lambda: not Path(folder).exists())
     finally:
         program.kill()
         program.stdin.close()

@@ -1,0 +1,157 @@
+"""What an operator asks and tells a running fabric, as he types it; all services are real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grafos import BlockBuilder, Fenced, MemBuilder, RateLimited, Revoked
+from grafos._local import LocalFabric, local_fabric
+from tests.sdk.cli.conftest import Cli
+from tests.sdk.cluster.stand import eventually
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def fabric() -> Iterator[LocalFabric]:
+    """Two nodes; at the second one no memory can be erased."""
+    faults = {"node-n2": "memory.erase:EIO"}
+    with local_fabric(2, memory_bytes=64 * MIB, block_bytes=64 * MIB, faults=faults) as started:
+        yield started
+
+
+@pytest.fixture
+def ask(cli: Cli, fabric: LocalFabric) -> Cli:
+    """The command, speaking to the fabric of this module."""
+    layout = fabric.layout
+
+    def run(*words: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        return cli(
+            *words, timeout_s=timeout_s, GRAFOS_RUN_DIR=str(layout.run),
+            GRAFOS_STATE_DIR=str(layout.state),
+        )  # fmt: skip
+
+    return run
+
+
+def test_a_lease_is_listed_described_and_revoked_with_its_reason(ask: Cli) -> None:
+    with MemBuilder().min_bytes(8192).where(node="n1").acquire() as lease:
+        row = eventually(
+            lambda: [
+                each
+                for each in json.loads(ask("lease", "list", "-o", "json").stdout)
+                if each["lease_id"] == lease.lease_id and each["state"] == "active"
+            ]
+        )[0]
+        assert (row["kind"], row["amount"], row["node_id"]) == ("mem", 8192, "n1")
+        assert lease.lease_id[:12] in ask("lease", "list", "--node", "n1").stdout
+        assert ask("lease", "list", "--node", "n2", "-o", "name").stdout == ""
+        described = ask("lease", "describe", lease.lease_id[:8])
+        assert "on_holder_exit:" in described.stdout
+        revoked = ask("lease", "revoke", lease.lease_id, "--reason", "for maintenance")
+        assert revoked.returncode == 0, revoked.stderr
+        with pytest.raises(Revoked):
+            eventually(lambda: lease.mem().read(0, 1) and False, 5_000)
+
+
+def test_what_does_not_exist_is_status_3_and_one_line(ask: Cli) -> None:
+    for words in (("lease", "describe", "f" * 32), ("lease", "describe", "fffffff")):
+        done = ask(*words)
+        assert done.returncode == 3, done.stderr
+        assert done.stdout == ""
+        assert done.stderr.startswith("grafos: Denied (NOT_FOUND)")
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_request_that_cannot_be_met_is_explained_term_by_term(ask: Cli) -> None:
+    done = ask("lease", "explain", "--amount", "1GiB", "-o", "json")
+    assert (done.returncode, done.stderr) == (1, "")
+    answer = json.loads(done.stdout)
+    assert not answer["admissible"]
+    assert {node["node_id"] for node in answer["nodes"]} == {"n1", "n2"}
+    assert "yes, at node" in ask("lease", "explain", "--amount", "1MiB").stdout
+
+
+def test_nodes_are_listed_with_their_books(ask: Cli) -> None:
+    rows = {row["node_id"]: row for row in json.loads(ask("node", "list", "-o", "json").stdout)}
+    assert set(rows) == {"n1", "n2"}
+    book = rows["n1"]["capacity"]["mem"]
+    assert book["total"] == 64 * MIB
+    assert book["total"] == sum(book[part] for part in book if part != "total")
+
+
+def test_a_node_is_not_forgotten_without_saying_that_residue_is_accepted(ask: Cli) -> None:
+    done = ask("node", "forget", "n1", "--reason", "gone")
+    assert (done.returncode, "--i-accept-residue" in done.stderr) == (1, True)
+    unknown = ask("node", "forget", "n9", "--reason", "gone", "--i-accept-residue")
+    assert unknown.returncode == 3, unknown.stderr
+
+
+def test_a_quota_refuses_what_goes_beyond_it(ask: Cli) -> None:
+    assert ask("quota", "set", "default", "--kind", "block", "--count", "1").returncode == 0
+    with BlockBuilder().min_blocks(1).acquire():
+        rows = json.loads(ask("quota", "get", "default", "-o", "json").stdout)
+        row = next(row for row in rows if row["kind"] == "block")
+        assert (row["count"], row["used_count"]) == (1, 1)
+        with pytest.raises(RateLimited):
+            BlockBuilder().min_blocks(1).acquire()
+    assert ask("quota", "set", "default", "--kind", "block").returncode == 0
+
+
+def test_a_fence_is_listed_probed_and_cleared_only_when_the_slice_is_clean(
+    ask: Cli, fabric: LocalFabric
+) -> None:
+    lease = MemBuilder().min_bytes(MIB).where(node="n2").acquire()
+    lease.mem().write(0, b"cannot be erased")
+    with pytest.raises(Fenced):
+        lease.release()
+    listed = ask("fence", "list", "--node", "n2", "-o", "json")
+    fence = next(f for f in json.loads(listed.stdout) if f["lease_id"] == lease.lease_id)
+    assert fence["fence_cause"]
+    assert "cause:" in ask("fence", "describe", lease.lease_id).stdout
+    dirty = ask("fence", "clear", lease.lease_id, "--reason", "too early", "--no-wait")
+    assert dirty.returncode == 0, dirty.stderr
+    assert ask("fence", "list", "-o", "name").stdout.split() == [lease.lease_id]
+    fabric.set_fault("node-n2", "")
+    fabric.kill("node-n2")
+    fabric.wait_ready()
+    done = ask("fence", "clear", lease.lease_id, "--reason", "the device works again")
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert done.stdout == f"{lease.lease_id} released\n"
+    assert ask("fence", "list", "-o", "name").stdout == ""
+
+
+def test_exported_chains_are_verified_without_the_fabric_and_a_changed_byte_is_found(
+    ask: Cli, cli: Cli, place: Path
+) -> None:
+    exported, keys = place / "chains.jsonl", place / "keys"
+    done = ask("audit", "export", "--out", str(exported), "--keys-out", str(keys))
+    assert done.returncode == 0, done.stderr
+    whole = cli("audit", "verify", str(exported), "--keys", str(keys), "-o", "json")
+    assert whole.returncode == 0, whole.stdout
+    assert {chain["origin"] for chain in json.loads(whole.stdout)["chains"]} >= {"ledger", "n1"}
+    text = exported.read_text()
+    at = text.index('"lease.granted"')
+    exported.write_text(text[:at] + '"lease.grantee"' + text[at + 15 :])
+    changed = cli("audit", "verify", str(exported), "--keys", str(keys))
+    assert (changed.returncode, "line " in changed.stdout) == (1, True)
+    exported.write_text(text)
+    strangers = place / "strangers"
+    strangers.write_text("00" * 32 + "\n")
+    assert cli("audit", "verify", str(exported), "--keys", str(strangers)).returncode == 1
+
+
+def test_heads_name_every_chain(ask: Cli) -> None:
+    origins = ask("audit", "head", "-o", "name").stdout.split()
+    assert set(origins) >= {"ledger", "n1", "n2"}
+
+
+def test_a_watch_goes_on_until_it_is_interrupted(ask: Cli) -> None:
+    with pytest.raises(subprocess.TimeoutExpired) as ended:
+        ask("lease", "list", "--watch", "-o", "json", timeout_s=4)
+    assert json.loads(ended.value.stdout or b"[]") == []
