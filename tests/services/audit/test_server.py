@@ -111,10 +111,11 @@ def test_records_that_do_not_link_are_refused(house: House, writer: Writer) -> N
 def test_a_seal_by_any_other_key_is_refused(house: House, writer: Writer) -> None:
     """U5."""
     own, records = writer.key, writer.write(1)
-    assert writer.refusal(records, seals=[writer.seal(records[0], signature=bytes(64))]).code == (
-        "SEAL_KEY"
-    )
-    assert writer.head() is None  # a first key is believed only when it has sealed
+    writer.key = Ed25519PrivateKey.generate()
+    unsigned = writer.seal(records[0], signature=bytes(64))
+    assert writer.refusal(records, seals=[unsigned]).code == "SEAL_KEY"
+    assert writer.head() is None
+    writer.key = own  # a first key is believed only when it has sealed: this one still can be it
     writer.append(records)
     writer.key, more = Ed25519PrivateKey.generate(), writer.write(1)
     refused = writer.refusal(more)
