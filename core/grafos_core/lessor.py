@@ -400,7 +400,8 @@ class Lessor:
 
     def _clear(self, ask: ClearFence, now_ms: int) -> Step:
         lease = self.lease(ask.lease_id)
-        if lease.state is not LeaseState.FENCED:
+        is_held = lease.lease_id in self.state.leases  # else it was forgotten with its node
+        if lease.state is not LeaseState.FENCED or not is_held:
             raise failure.of("CLEAR", "the lease is not fenced", lease_id=lease.lease_id)
         if not ask.reason or len(ask.reason) > REASON_CHARS_MAX:
             raise failure.of("CLEAR", f"a reason of 1 to {REASON_CHARS_MAX} characters is required")
@@ -624,7 +625,8 @@ def _settled(lease: Lease, receipt: TeardownReceipt, now_ms: int) -> Event:
 
 def _receipt_body(receipt: TeardownReceipt) -> dict[str, Any]:
     return {
-        "outcome": receipt.outcome.value, "assurance": receipt.assurance.value, "ended_by": receipt.cause.value,
+        "outcome": receipt.outcome.value, "assurance": receipt.assurance.value,
+        "ended_by": receipt.cause.value,
         "measured": dict(receipt.measured), "record_number": receipt.record_number,
         "record_hash": receipt.record_hash, "boot_epoch": receipt.boot_epoch,
     }  # fmt: skip

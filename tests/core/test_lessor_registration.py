@@ -7,8 +7,9 @@ import pytest
 from grafos_core import commands as c
 from grafos_core.books import CapacityBook
 from grafos_core.failure import FabricError
-from grafos_core.lease import NodeId
+from grafos_core.lease import EndCause, Kind, LeaseId, NodeId, TenantId
 from grafos_core.lessor import Lessor
+from grafos_core.receipt import Assurance, Outcome, TeardownReceipt
 from tests.core import lessor_script
 
 
@@ -54,3 +55,39 @@ def test_a_published_key_keeps_its_owner_its_bytes_and_its_use(field: str) -> No
     refused = lessor.handle(c.PublishKey(other), 2).failure
     assert refused is not None
     assert refused.code == "DENIED"
+
+
+def test_what_was_forgotten_with_its_node_is_beyond_every_command() -> None:
+    lessor = Lessor()
+    node = dataclasses.replace(registration("n1"), live=())
+    assert lessor.handle(node, 1000).failure is None
+    lease = lessor.handle(asked(node), 1000).lease
+    assert lease is not None
+    failed = TeardownReceipt(
+        lease.lease_id, "n1", node.incarnation, 1, Kind.MEM, lease.epoch, 4096, 0,
+        EndCause.RELEASE, Outcome.FENCED, Assurance.NONE,
+    )  # fmt: skip
+    assert lessor.handle(c.Credit(failed, NodeId("n1")), 1001).failure is None
+    assert (
+        lessor.handle(c.ForgetNode(NodeId("n1"), True, "burnt down", "op"), 90_000).failure is None
+    )
+    later: list[tuple[c.Command, str]] = [
+        (c.ClearFence("q", lease.lease_id, "why", False, "op", "0" * 32), "CLEAR"),
+        (c.Renew("r", lease.lease_id, None, lease.tenant, lease.holder), "QUARANTINED"),
+        (c.Credit(failed, NodeId("n1")), ""),
+        (c.Burn(lease.lease_id, ""), ""),
+        (c.End("e", lease.lease_id, EndCause.REVOKED, "op"), ""),
+        (c.ReportBound(NodeId("n1"), node.incarnation, lease.lease_id, lease.epoch, 1), ""),
+    ]
+    for command, code in later:
+        step = lessor.handle(command, 90_001)
+        assert (step.failure.code if step.failure else "") == code, command
+        assert step.events == ()
+    lessor.check()
+
+
+def asked(node: c.Register) -> c.Grant:
+    return c.Grant(
+        "ask-1", LeaseId("a" * 32), TenantId("acme"), "spiffe://grafos.local/tenant/acme/holder/x",
+        "h" * 43, Kind.MEM, node.node_id, node.incarnation, 4096, 60_000, None, 30_000,
+    )  # fmt: skip
