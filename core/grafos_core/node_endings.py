@@ -546,9 +546,10 @@ class Endings:
         lease.credited = True
         self._uncredited -= 1
         self._timers.cancel((lease.lease_id, Wake.RECEIPT))
+        effects += self._answer_waiters(lease, now)
+        # The ledger has it on its disk; ours only spares a receipt that is sent once more.
         body = {"outcome": outcome.value}
         effects.append(self._persist(("agent.credited", lease, body), seal_now=False))
-        effects += self._answer_waiters(lease, now)
         if lease.phase is Phase.ENDED:
             self._forget_after(lease)
         return effects
