@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -105,7 +105,13 @@ class Nodes:
             if known is not None:
                 known.busy = True
             if not self._closed:
-                self._pool.submit(self._turn, node_id)
+                self._pool.submit(self._turn, node_id).add_done_callback(self._done)
+
+    def _done(self, turn: Future[None]) -> None:
+        """What a turn raised that is no failure of ours would vanish in the pool."""
+        error = None if turn.cancelled() else turn.exception()
+        if error is not None:
+            self._log.error("node.push_failed", error)
 
     def _turn(self, node_id: NodeId) -> None:
         """Tell one node of what it owes now; come back while it owes."""
@@ -119,8 +125,6 @@ class Nodes:
                 known.tries = 0
         except FabricError as error:
             self._log.debug("node.unreached", node_id=node_id, code=error.code)
-        except Exception as error:
-            self._log.error("node.push_failed", error, node_id=node_id)
         finally:
             self._end(node_id, known, owed)
 
