@@ -52,6 +52,8 @@ LABELS_MAX: Final = 32
 FRONT_S_MAX: Final = 15.0
 DRAIN_S: Final = 5.5
 CREDIT_S: Final = 2.0
+SENT_S: Final = 1.0
+"""For the collector, who else gets it from the next boot."""
 GRACE_MS: Final = 4_000
 GATES: Final = (
     "persistence", "audit_anchor", "replay", "ledger", "revocations", "clock", "warden",
@@ -259,6 +261,7 @@ def run(process: Process, files: IdentityFiles, agent: Agent, capacities: dict[K
     )
     agent.ledger.start()
     if agent.audit is not None:
+        agent.book.on_sealed = agent.audit.sealed
         agent.audit.start()
 
 
@@ -281,6 +284,7 @@ def stop(process: Process, agent: Agent) -> None:
     process.log.info("agent.drained", all_proved_back=is_empty, all_credited=credited)
     agent.ledger.stop()
     if agent.audit is not None:
+        agent.audit.wait_sent(SENT_S)
         agent.audit.stop()
     agent.control.stop()
 

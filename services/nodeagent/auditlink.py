@@ -24,6 +24,8 @@ RECORDS_MAX: Final = 256
 BYTES_MAX: Final = 192 * 1024
 CALL_MS: Final = 5_000
 BACK_OFF_S_MIN, BACK_OFF_S_MAX = 0.25, 5.0
+GATHER_S: Final = 0.2
+"""Records come in crowds; sent one by one they would cost more than what they tell of."""
 
 
 class SealedBatch(Protocol):
@@ -68,7 +70,9 @@ class AuditLink:
         self._remote, self._origin, self._spool = remote, origin, spool
         self._acknowledged, self._log = acknowledged, log
         self._new = threading.Event()
-        self._stopped = False
+        self._stopped = threading.Event()
+        self._hurry = threading.Event()
+        self._caught_up = threading.Event()
         self._number: int | None = None
         """The last record that the collector has; None: it has to be asked."""
 
@@ -76,9 +80,17 @@ class AuditLink:
         threading.Thread(target=self._run, name="audit", daemon=True).start()
 
     def stop(self) -> None:
-        self._stopped = True
+        self._stopped.set()
+        self._hurry.set()
         self._new.set()
         self._remote.close()
+
+    def wait_sent(self, timeout_s: float) -> bool:
+        """Whether the collector has everything that was sealed before this call."""
+        self._caught_up.clear()
+        self._hurry.set()
+        self._new.set()
+        return self._caught_up.wait(timeout_s)
 
     def sealed(self) -> None:
         """There is more to send."""
@@ -86,17 +98,18 @@ class AuditLink:
 
     def _run(self) -> None:
         back_off_s = BACK_OFF_S_MIN
-        while not self._stopped:
+        while not self._stopped.is_set():
             try:
                 if not self._send_next():
+                    self._caught_up.set()
                     self._new.wait(BACK_OFF_S_MAX)
+                    self._hurry.wait(GATHER_S)
                     self._new.clear()
                 back_off_s = BACK_OFF_S_MIN
             except (FabricError, OSError) as error:
                 self._number = None
                 self._log.warning("audit.away", why=str(error))
-                self._new.wait(back_off_s)
-                self._new.clear()
+                self._stopped.wait(back_off_s)
                 back_off_s = min(2 * back_off_s, BACK_OFF_S_MAX)
 
     def _send_next(self) -> bool:

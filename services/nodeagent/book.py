@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -60,6 +60,8 @@ class Book:
         self._kept = deque((Sealed(b.records, b.seal) for b in found.batches), KEPT_MAX)
         self._needed = dict(self.recollection.needed)
         """Record number by lease: of what recovery would have to know."""
+        self.on_sealed: Callable[[], None] = lambda: None
+        """Called when there is more for the collector."""
 
     @property
     def head(self) -> bytes:
@@ -88,6 +90,7 @@ class Book:
             for at in range(0, len(events), BATCH_RECORDS_MAX):
                 part = events[at : at + BATCH_RECORDS_MAX]
                 written += self._append(part, now, time_floor_ms)
+        self.on_sealed()
         return written
 
     def note_revocation(self, number: int) -> None:

@@ -152,7 +152,7 @@ class Control:
         try:
             self.loop.post(function)
         except FabricError as refusal:
-            self.rooms.log.warning("control.dropped", code=refusal.code)
+            self.rooms.log.debug("control.dropped", code=refusal.code)
 
     def post(self, verb: Callable[[Instant], list[Effect]]) -> None:
         """Have a verb of the core called, and performed."""

@@ -239,6 +239,9 @@ class DataPath:
             raise failure.of("RANGE", f"at most {READ_STREAM_BYTES_MAX} bytes in one stream")
         check_range(self._find(holder_key, lease_id, epoch, "read"), offset, length)
 
+    def in_flight(self, slot: int) -> int:
+        return self._gate.in_flight(slot)
+
     def wait_quiet(self, slot: int) -> int:
         """Wait, but not for long, until nothing is in flight; how many operations still are."""
         with self._count:

@@ -176,7 +176,10 @@ class FrontDesk:
         if lease is None:
             self.line.link.reply(message, {"op": "shut", "in_flight": 0})
             return
-        self._shutters.submit(self._shut_when_quiet, message, lease)
+        if self.data.in_flight(lease.slot) == 0:
+            self._shut_when_quiet(message, lease)  # nothing to wait for
+        else:
+            self._shutters.submit(self._shut_when_quiet, message, lease)
 
     def _shut_when_quiet(self, message: Message, lease: OpenLease) -> None:
         in_flight = self.data.wait_quiet(lease.slot)

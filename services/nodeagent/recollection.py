@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from grafos_core.chain import EventKind, Record
 from grafos_core.lease import EndCause, Kind, LeaseId, Policy
@@ -174,8 +174,7 @@ def _stranger(receipt: ReceiptFacts) -> BoundFacts:
 
 
 def _fence_receipt(bound: BoundFacts, cause: str) -> ReceiptFacts:
-    known = {each.value for each in EndCause}
-    fields: dict[str, Any] = {"measured": {"cause": "known from the balance alone"}}
+    """Of a fence that only the balance knows: that it stands, and what had failed."""
     return ReceiptFacts(
         bound.lease_id,
         bound.kind,
@@ -183,10 +182,10 @@ def _fence_receipt(bound: BoundFacts, cause: str) -> ReceiptFacts:
         bound.amount,
         bound.extent_offset,
         Outcome.FENCED,
-        EndCause(cause) if cause in known else EndCause.AGENT_LOST,
+        EndCause.AGENT_LOST,
         Assurance.NONE,
         0,
         0,
         0,
-        **fields,
+        {"cause": cause},
     )

@@ -30,6 +30,7 @@ from grafos_core.lease import EndCause, Isolation, Kind, OnHolderExit, Policy
 from grafos_core.receipt import Assurance, Outcome
 from grafos_proto.v1 import lease_pb2, ledger_pb2, node_pb2
 from tests.services.nodeagent.agents import AgentUnderTest, agent_in, child_of
+from tests.services.nodeagent.collector import collector_of
 from tests.services.nodeagent.fabric import (
     LEDGER,
     Fabric,
@@ -565,6 +566,46 @@ class TestWhenTheDeviceFails:
         own.start()
         back = own.holder(alice.credentials)
         back.release(bound(own, back))
+
+
+class TestTheRecord:
+    def test_all_that_happened_reaches_the_collector_linked_and_sealed(
+        self, own: AgentUnderTest
+    ) -> None:
+        with collector_of(own.fabric.people) as collector:
+            own.start("--audit", collector.endpoint)
+            alice = own.holder()
+            slip = bound(own, alice)
+            alice.release(slip)
+            eventually(lambda: "agent.credited" in collector.kinds_of(slip.lease_id))
+            assert collector.kinds_of(slip.lease_id) == [
+                "agent.bound", "agent.teardown_begin", "agent.teardown_end", "agent.credited",
+            ]  # fmt: skip
+            receipt = own.fabric.ledger.receipt_of(slip.lease_id)
+            proof = collector.records[receipt.record_number - 1]
+            assert (proof.hash.hex(), proof.kind) == (receipt.record_hash, "agent.teardown_end")
+
+    def test_a_collector_that_was_away_gets_what_it_missed_across_a_restart(
+        self, own: AgentUnderTest
+    ) -> None:
+        with collector_of(own.fabric.people) as collector:
+            collector.is_away = True
+            own.start("--audit", collector.endpoint)
+            alice = own.holder()
+            slips = [bound(own, alice) for _ in range(3)]
+            own.kill()
+            own.start("--audit", collector.endpoint)
+            assert collector.number == 0
+            collector.is_away = False
+            credited = [(slip.lease_id, "agent.credited") for slip in slips]
+            eventually(
+                lambda: all(kind in collector.kinds_of(lease_id) for lease_id, kind in credited)
+            )
+            assert own.stop() == 0
+            said = own.fabric.ledger.latest()
+            assert said is not None
+            assert collector.number >= said.audit_number
+            assert {record.boot_epoch for record in collector.records} == {1, 2}
 
 
 class TestEvidence:
