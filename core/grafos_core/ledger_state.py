@@ -82,8 +82,9 @@ class LedgerState:
         self.nodes: dict[NodeId, Node] = {}
         self.quotas = QuotaBook(default_limit)
         self.keys: dict[str, PublishedKey] = {}
-        self.requests: dict[str, LeaseId] = {}
-        """Of each lease the grant's request and the latest one that changed it."""
+        self.requests: dict[tuple[TenantId, str], LeaseId] = {}
+        """Of each lease the grant's request and the latest one that changed it. By tenant, so that
+        nobody's choice of a request id can stand in another's way."""
         self._latest_request: dict[LeaseId, str] = {}
         self.clear_orders: dict[LeaseId, ClearOrder] = {}
         self.now_ms = 0
@@ -103,6 +104,7 @@ class LedgerState:
             "lease.released": self._released,
             "lease.fenced": self._fenced,
             "lease.clear_ordered": self._clear_ordered,
+            "lease.clear_expired": self._clear_expired,
             "node.registered": self._registered,
             "node.mode": self._mode,
             "node.forgotten": self._forgotten,
@@ -155,7 +157,7 @@ class LedgerState:
         node.epochs[lease.kind] = lease.epoch
         node.held.add(lease.lease_id)
         self.quotas.charge(lease.tenant, lease.kind, lease.amount)
-        self.requests[lease.request_id] = lease.lease_id
+        self.requests[lease.tenant, lease.request_id] = lease.lease_id
         self._put(lease)
 
     def _bound(self, event: Event) -> None:
@@ -170,7 +172,7 @@ class LedgerState:
         self.leases[lease.lease_id] = replace(
             lease, end_ms=body["end_ms"], ttl_ms=body["ttl_ms"], generation=body["generation"]
         )
-        self._remember(lease.lease_id, body["request_id"])
+        self._remember(lease, body["request_id"])
 
     def _attached(self, event: Event) -> None:
         lease, body = self._lease(event), event.body
@@ -181,7 +183,7 @@ class LedgerState:
                 generation=body["generation"], bind_by_ms=body["bind_by_ms"],
             )
         )  # fmt: skip
-        self._remember(lease.lease_id, body["request_id"])
+        self._remember(lease, body["request_id"])
 
     def _ending(self, event: Event) -> None:
         lease, body = self._lease(event), event.body
@@ -228,6 +230,12 @@ class LedgerState:
             accept_residue=body["accept_residue"], ordered_at_ms=event.at_ms,
         )  # fmt: skip
         self.nodes[lease.node_id].owing.add(lease.lease_id)
+
+    def _clear_expired(self, event: Event) -> None:
+        """The slice stays fenced, and its node owes nothing any more."""
+        lease = self._lease(event)
+        del self.clear_orders[lease.lease_id]
+        self.nodes[lease.node_id].owing.discard(lease.lease_id)
 
     def _registered(self, event: Event) -> None:
         body = event.body
@@ -286,20 +294,21 @@ class LedgerState:
         if due_ms is not None:
             heapq.heappush(self._due, (due_ms, lease.lease_id))
 
-    def _remember(self, lease_id: LeaseId, request_id: str) -> None:
-        former = self._latest_request.get(lease_id)
+    def _remember(self, lease: Lease, request_id: str) -> None:
+        former = self._latest_request.get(lease.lease_id)
         if former is not None:
-            self.requests.pop(former, None)
-        self._latest_request[lease_id] = request_id
-        self.requests[request_id] = lease_id
+            self.requests.pop((lease.tenant, former), None)
+        self._latest_request[lease.lease_id] = request_id
+        self.requests[lease.tenant, request_id] = lease.lease_id
 
     def _archive(self, lease: Lease) -> None:
         self.leases.pop(lease.lease_id, None)
         self.released[lease.lease_id] = lease
         if len(self.released) > RELEASED_KEPT_MAX:
             _, oldest = self.released.popitem(last=False)
-            self.requests.pop(oldest.request_id, None)
-            self.requests.pop(self._latest_request.pop(oldest.lease_id, ""), None)
+            latest = self._latest_request.pop(oldest.lease_id, "")
+            for request_id in (oldest.request_id, latest):
+                self.requests.pop((oldest.tenant, request_id), None)
 
     def check(self) -> None:
         """Laws 1 and 2, and the tenants' book, recomputed from the leases themselves."""

@@ -149,6 +149,7 @@ class Lessor:
             nodes.add(lease.node_id)
             events.append(event)
             self.state.apply(event)
+        events += self._expire_clear_orders(now_ms)
         events += self._find_lost_nodes(now_ms)
         return Step(tuple(events), nodes=frozenset(nodes))
 
@@ -164,6 +165,8 @@ class Lessor:
         instants = [heard_ms + REGISTRATION_TTL_MS + 1 for heard_ms in heard]
         due_ms = self.state.next_due_ms()
         instants += [due_ms] if due_ms is not None else []
+        orders = self.state.clear_orders.values()
+        instants += [order.ordered_at_ms + CLEAR_ORDER_MS + 1 for order in orders]
         return max(0, min(instants) - now_ms) if instants else None
 
     def lease(self, lease_id: LeaseId) -> Lease:
@@ -228,7 +231,7 @@ class Lessor:
 
     def _grant(self, ask: Grant, now_ms: int) -> Step:
         check_request_id(ask.request_id)
-        known = self.state.requests.get(ask.request_id)
+        known = self.state.requests.get((ask.tenant, ask.request_id))
         if known is not None:
             lease = self._own(known, ask.tenant, ask.holder)
             return Step(lease=lease)
@@ -301,7 +304,7 @@ class Lessor:
     def _renew(self, ask: Renew, now_ms: int) -> Step:
         check_request_id(ask.request_id)
         lease = self._own(ask.lease_id, ask.tenant, ask.holder)
-        if self.state.requests.get(ask.request_id) == lease.lease_id:
+        if self.state.requests.get((lease.tenant, ask.request_id)) == lease.lease_id:
             return Step(lease=lease)
         self._check_usable(lease, now_ms)
         ttl_ms = check_ttl(ask.ttl_ms if ask.ttl_ms is not None else lease.ttl_ms)
@@ -318,7 +321,7 @@ class Lessor:
     def _attach(self, ask: Attach, now_ms: int) -> Step:
         check_request_id(ask.request_id)
         lease = self._own(ask.lease_id, ask.tenant, ask.holder)
-        if self.state.requests.get(ask.request_id) == lease.lease_id:
+        if self.state.requests.get((lease.tenant, ask.request_id)) == lease.lease_id:
             return Step(lease=lease)
         self._check_usable(lease, now_ms)
         if not 0 < ask.bind_within_ms <= TOKEN_MS_MAX:
@@ -535,6 +538,17 @@ class Lessor:
         body = {"node_id": ask.node_id, "mode": ask.mode, "operator": ask.operator,
                 "reason": ask.reason}  # fmt: skip
         return self._commit(Event("node.mode", now_ms, body=body))
+
+    def _expire_clear_orders(self, now_ms: int) -> list[Event]:
+        """An order that its node could not carry out is not repeated for ever."""
+        events = []
+        for lease_id, order in self.state.clear_orders.items():
+            if now_ms - order.ordered_at_ms > CLEAR_ORDER_MS:
+                epoch = self.state.leases[lease_id].epoch
+                events.append(Event("lease.clear_expired", now_ms, lease_id, epoch))
+        for event in events:
+            self.state.apply(event)
+        return events
 
     def _find_lost_nodes(self, now_ms: int) -> list[Event]:
         events = []
