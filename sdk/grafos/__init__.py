@@ -39,6 +39,7 @@ from grafos_core.failure import (
 
 if TYPE_CHECKING:
     from grafos._connection import Fabric, connect
+    from grafos._local import local_fabric
 
 __all__ = [
     "BlockBuilder",

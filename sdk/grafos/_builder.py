@@ -18,6 +18,7 @@ from grafos_core.lease import AMOUNT_MAX, TTL_MS_MAX, TTL_MS_MIN, check_lease_id
 
 if TYPE_CHECKING:
     from grafos._connection import Fabric
+    from grafos._local import LocalFabric
 
 WAIT_MS_MAX: Final = 600_000
 LABELS_MAX: Final = 16
@@ -69,7 +70,7 @@ class Builder(Generic[L]):
 
     def __init__(self) -> None:
         self._request = Request(self.kind)
-        self._connection: Fabric | None = None
+        self._connection: Fabric | LocalFabric | None = None
 
     @classmethod
     def new(cls) -> Self:
@@ -117,7 +118,7 @@ class Builder(Generic[L]):
         """Renew it in the background, from the SDK's one thread, as long as somebody holds it."""
         return self._with(auto_renew=True)
 
-    def fabric(self, connection: Fabric) -> Self:
+    def fabric(self, connection: Fabric | LocalFabric) -> Self:
         """Ask this fabric and not the one in force."""
         made = self._with()
         made._connection = connection
@@ -173,11 +174,9 @@ class Builder(Generic[L]):
         return self._with(amount=count)
 
     def _fabric(self) -> Fabric:
-        if self._connection is not None:
-            return self._connection
-        from grafos._connection import default_fabric  # loads gRPC, not before it is needed
+        from grafos._connection import connection_of, default_fabric  # gRPC, when it is needed
 
-        return default_fabric()
+        return default_fabric() if self._connection is None else connection_of(self._connection)
 
 
 def _is_text(value: object) -> bool:

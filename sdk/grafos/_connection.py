@@ -23,7 +23,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from grafos import _clock, _identity, observe
+from grafos import _clock, _defaults, _identity, observe
 from grafos._calls import Peer, new_request_id
 from grafos._cluster import description
 from grafos._lease import LIVE, Grip, Lease, duration_ms
@@ -169,7 +169,7 @@ class Fabric:
             self._on_close()
 
     def __enter__(self) -> Self:
-        _entered.append((threading.get_ident(), self))
+        _defaults.enter(self)
         return self
 
     def __exit__(
@@ -178,7 +178,7 @@ class Fabric:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _leave(self)
+        _defaults.leave(self)
         self.close()
 
     def __reduce__(self) -> Any:
@@ -473,16 +473,22 @@ def to_cluster(
 
 def default_fabric() -> Fabric:
     """The innermost block's fabric, of this thread if it is in one; else the process-wide one."""
-    for thread, fabric in reversed(_entered):
-        if thread == threading.get_ident():
-            return fabric
-    if _entered:
-        return _entered[-1][1]
+    inside = _defaults.innermost()
+    if inside is not None:
+        return connection_of(inside)
     global _default
     with _default_lock:
         if _default is None or _default.closed or _default.is_forked:
             _default = connect()
         return _default
+
+
+def connection_of(source: Any) -> Fabric:
+    """A connection is itself; a local fabric has one."""
+    found = source if isinstance(source, Fabric) else getattr(source, "connection", None)
+    if not isinstance(found, Fabric):
+        raise failure.of("INVALID", "fabric: a connection, or a local fabric")
+    return found
 
 
 def _found_or_embedded(identity: str | Path | Credentials | None) -> Fabric:
@@ -534,13 +540,6 @@ def _member(members: type[E_], value: str, name: str) -> E_:
         raise failure.of("INVALID", f"{name}: one of {', '.join(members)}") from None
 
 
-def _leave(fabric: Fabric) -> None:
-    for index in range(len(_entered) - 1, -1, -1):
-        if _entered[index][1] is fabric:
-            del _entered[index]
-            return
-
-
 def _close_all() -> None:
     """At the end of the process: what is held is given back, what is kept is left alone."""
     for fabric in list(_open):
@@ -555,13 +554,12 @@ def _in_child() -> None:
         fabric._in_child()
         _parents.append(fabric)
     _open.clear()
-    _entered.clear()
+    _defaults.clear()
     LIVE.clear()
     _default, _default_lock = None, threading.Lock()
 
 
 _open: weakref.WeakSet[Fabric] = weakref.WeakSet()
-_entered: list[tuple[int, Fabric]] = []
 _parents: list[Fabric] = []
 """In a child: what it inherited, kept from being taken down."""
 _default: Fabric | None = None

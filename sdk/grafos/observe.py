@@ -288,10 +288,16 @@ def instrument(function: _F) -> _F:
         async def async_steps(*args: Any, **kwargs: Any) -> Any:
             with _Timed(name):
                 steps = function(*args, **kwargs)
+                step = steps.asend(None)
                 try:
-                    sent = None
                     while True:
-                        sent = yield await steps.asend(sent)
+                        got = await step
+                        try:
+                            step = steps.asend((yield got))
+                        except GeneratorExit:
+                            raise
+                        except BaseException as thrown:
+                            step = steps.athrow(thrown)
                 except StopAsyncIteration:
                     return
                 finally:

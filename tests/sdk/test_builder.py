@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from grafos import BlockBuilder, Denied, FabricError, Incompatible, MemBuilder, RateLimited
+from grafos import (
+    BlockBuilder,
+    Denied,
+    FabricError,
+    Incompatible,
+    MemBuilder,
+    RateLimited,
+    _defaults,
+)
 from grafos._builder import LATER
 from grafos._connection import Fabric, default_fabric
 from grafos_core import failure
@@ -239,6 +247,4 @@ class default_of:
         return self._fabric.__enter__()
 
     def __exit__(self, *_: object) -> None:
-        from grafos import _connection
-
-        _connection._leave(self._fabric)
+        _defaults.leave(self._fabric)

@@ -14,22 +14,75 @@ import grafos.leasekit
 import grafos.observe
 from grafos_core import failure
 
-PUBLIC = """
-    BlockBuilder BlockLease DeadlineExceeded Degraded Denied Disconnected Fabric FabricBlock
-    FabricError FabricMem Failure Fenced Incompatible InternalError Lease LeaseExpired LeaseStatus
-    MemBuilder MemLease Notice RateLimited Revoked TeardownReceipt connect local_fabric
-""".split()
-
-LEASE = """
-    detach drop epoch expiry_ms generation kind lease_id lifetime_end_ms node_id on_notice release
-    remaining_ms renew share status ttl_ms valid
-""".split()
-BUILDER = "acquire attach auto_renew fabric keep lease_secs new ttl wait where".split()
-MEM = """
-    arena_size compare_and_swap fetch_add map path read readinto write
-""".split()
-BLOCK = "block_size flush num_blocks read_block read_blocks write_block write_blocks".split()
-FABRIC = "close describe identity leases poll revoke start tenant tick".split()
+PUBLIC = [
+    "BlockBuilder",
+    "BlockLease",
+    "DeadlineExceeded",
+    "Degraded",
+    "Denied",
+    "Disconnected",
+    "Fabric",
+    "FabricBlock",
+    "FabricError",
+    "FabricMem",
+    "Failure",
+    "Fenced",
+    "Incompatible",
+    "InternalError",
+    "Lease",
+    "LeaseExpired",
+    "LeaseStatus",
+    "MemBuilder",
+    "MemLease",
+    "Notice",
+    "RateLimited",
+    "Revoked",
+    "TeardownReceipt",
+    "connect",
+    "local_fabric",
+]
+LEASE = [
+    "detach",
+    "drop",
+    "epoch",
+    "expiry_ms",
+    "generation",
+    "kind",
+    "lease_id",
+    "lifetime_end_ms",
+    "node_id",
+    "on_notice",
+    "release",
+    "remaining_ms",
+    "renew",
+    "share",
+    "status",
+    "ttl_ms",
+    "valid",
+]
+BUILDER = [
+    "acquire",
+    "attach",
+    "auto_renew",
+    "fabric",
+    "keep",
+    "lease_secs",
+    "new",
+    "ttl",
+    "wait",
+    "where",
+]
+MEM = ["arena_size", "compare_and_swap", "fetch_add", "map", "path", "read", "readinto", "write"]
+BLOCK = [
+    "block_size",
+    "flush",
+    "num_blocks",
+    "read_block",
+    "read_blocks",
+    "write_block",
+    "write_blocks",
+]
+FABRIC = ["close", "describe", "identity", "leases", "poll", "revoke", "start", "tenant", "tick"]
 
 
 def public(of: object) -> set[str]:
