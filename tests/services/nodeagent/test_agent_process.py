@@ -367,7 +367,9 @@ class TestLocalHolders:
             with pytest.raises(PermissionError):
                 os.ftruncate(fd, 4096)
             os.close(fd)
-        assert fabric.ledger.receipt_of(slip.lease_id).assurance is Assurance.DETACHED
+        receipt = fabric.ledger.receipt_of(slip.lease_id)
+        assert receipt.assurance is Assurance.DETACHED
+        assert receipt.measured["measure_exported"] is True
 
     def test_an_isolated_lease_is_freed_for_certain(
         self, running: AgentUnderTest, fabric: Fabric, alice: HolderSide
