@@ -31,6 +31,8 @@ CLOCK_READERS = (
     "services/nodeagent/warden",  # ends leases though everything else hangs
     "services/nodeagent/devices",  # worker programs measure what they tear down
     "sdk/grafos/_clock.py",  # the one clock of the SDK
+    "sdk/grafos/_identity_socket.py",  # bounds how long a silent peer may hold a connection
+    "protos/grafos_proto/wire/identity.py",  # bounds how long it waits for an answer
 )
 """Product files, by the beginning of their path, that may read a clock."""
 

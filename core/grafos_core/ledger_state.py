@@ -123,7 +123,7 @@ class LedgerState:
     def pop_due(self, now_ms: int) -> Iterator[Lease]:
         """Leases of which something fell due; what is done with one is done before the next.
 
-        Costs what is due, not what exists: a lease keeps the entry it has, and moves it when popped.
+        Costs what is due, not what exists: a lease keeps its entry, and moves it when popped.
         """
         while self._due and self._due[0][0] <= now_ms:
             _, lease_id = heapq.heappop(self._due)

@@ -5,7 +5,7 @@
     grant a mem 4096 n1 tenant=t ttl=60000 (lease ids are written by their first letter)
     bound a | renew a | attach a | end a release|revoked | burn a | clear a
     credit a torndown|fenced|nothing_created|cleared [epoch=9]
-    quota t mem amount=8192 count=2 | tick | books n1 | lease a | owes n1 | place mem 4096 | explain …
+    quota t mem amount=8192 count=2 | tick | books n1 | lease a | owes n1 | place mem 4096
 
 The answer is what became durable, then the lease, or the refusal.
 """
@@ -279,8 +279,8 @@ def tell(lease: Lease) -> str:
     over = f" {lease.cause}" if lease.cause else ""
     late = " unconfirmed" if lease.unconfirmed else ""
     return (
-        f"{letter(lease.lease_id)} {lease.state}{over}{late} {lease.kind} {lease.amount}{extent} on "
-        f"{lease.node_id} epoch {lease.epoch} generation {lease.generation} end {lease.end_ms}"
+        f"{letter(lease.lease_id)} {lease.state}{over}{late} {lease.kind} {lease.amount}{extent} "
+        f"on {lease.node_id} epoch {lease.epoch} generation {lease.generation} end {lease.end_ms}"
     )
 
 
