@@ -32,7 +32,7 @@ from grafos._pulse import Pulse
 from grafos._receipt import TeardownReceipt, from_slip
 from grafos._session import Notice
 from grafos_core import failure, lease
-from grafos_core.failure import Disconnected, FabricError, LeaseExpired, Revoked
+from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
 from grafos_core.holder import HolderLease
 from grafos_core.lease import LeaseState
 from grafos_core.spiffe import Identity, Role
@@ -238,14 +238,14 @@ class Fabric:
         started_ns = _clock.boot_ns()
         try:
             answer = grip.node.release(grip.lease_id, grip.epoch)
-        except (Disconnected, LeaseExpired, Revoked):
-            receipt = self._settle(grip)
-        except failure.Denied:  # the node has forgotten it, or never had it
-            receipt = self._settle(grip)
-        except failure.Fenced as fenced:
+        except Disconnected:
+            receipt = self._settle(grip, release=True)
+        except (LeaseExpired, Revoked, Denied):  # over, forgotten, or another holder's by now
+            receipt = self._settle(grip, release=False)
+        except Fenced as fenced:
             if fenced.code not in ("AGENT_LOST", "EPOCH_BURNT", "EPOCH_STALE"):
                 raise
-            receipt = self._settle(grip)
+            receipt = self._settle(grip, release=False)
         else:
             receipt = from_slip(answer.receipt, credited=answer.credited)
         took_us = (_clock.boot_ns() - started_ns) / 1000
@@ -313,6 +313,7 @@ class Fabric:
             before = self._leases.get(grip.lease_id)
             self._leases[grip.lease_id] = taken
             if before is not None:  # attached again by its own holder: one of the two goes on
+                before._grip.taken_over = True
                 before._finish(failure.of("EPOCH_STALE", "attached again in this process"))
             taken._take_memory(node.take_up(bound))
         except BaseException:
@@ -339,19 +340,28 @@ class Fabric:
             self._abandon(grip)
             raise
 
-    def _settle(self, grip: Grip) -> TeardownReceipt:
-        """What the ledger says of a lease whose node gave no receipt."""
+    def _settle(self, grip: Grip, *, release: bool) -> TeardownReceipt:
+        """What the ledger says of a lease whose node gave no receipt; released there, if asked.
+
+        Never released if another has attached: it is not ours any more.
+        """
         nothing = TeardownReceipt(
             grip.lease_id, grip.node_id, grip.epoch, grip.kind, credited=False
         )
-        request = admission_pb2.ReleaseRequest(request_id=new_request_id(), lease_id=grip.lease_id)
+        asked = admission_pb2.GetLeaseRequest(lease_id=grip.lease_id)
         end_ms = _clock.boot_ms() + CREDIT_MS_MAX
         try:
-            found = self._admission.ask("Release", request, RELEASE_MS_MAX).lease
+            found = self._admission.ask("Get", asked, RELEASE_MS_MAX)
+            if found.holder_key != self._provider().thumbprint:
+                return nothing
+            if release and not _is_settled(found):
+                request = admission_pb2.ReleaseRequest(
+                    request_id=new_request_id(), lease_id=grip.lease_id
+                )
+                found = self._admission.ask("Release", request, RELEASE_MS_MAX).lease
             while not _is_settled(found) and _clock.boot_ms() < end_ms:
                 _clock.sleep_ms(CREDIT_PAUSE_MS)
                 left_ms = max(1, end_ms - _clock.boot_ms())
-                asked = admission_pb2.GetLeaseRequest(lease_id=grip.lease_id)
                 found = self._admission.call("Get", asked, left_ms)
         except FabricError:
             return nothing

@@ -83,6 +83,8 @@ class Grip:
     """Outlives its holder: not to be released because he forgot it or went away."""
     detached: bool = False
     """Given out of his hands: not to be released by the end of a block either."""
+    taken_over: bool = False
+    """The same holder has attached again: the other handle is the one to release."""
 
     @property
     def node_id(self) -> str:
@@ -231,6 +233,11 @@ class Lease:
                 raise _again(known, self._grip)
             if known is not None and known.credited:
                 return known
+            if self._grip.taken_over:
+                grip = self._grip
+                return TeardownReceipt(
+                    grip.lease_id, grip.node_id, grip.epoch, grip.kind, credited=False
+                )
             try:
                 receipt = self._fabric._give_back(self._grip)
             except Fenced as fenced:
@@ -333,6 +340,8 @@ class Lease:
 
     def _tick(self) -> None:
         """Let time pass for this lease: tell of jeopardy and of the end, each once."""
+        if self._end is None and self._is_cut():
+            self._ask_for_the_cause()
         told: list[str] = []
         with self._lock:
             if self._end is None:
@@ -407,6 +416,10 @@ class Lease:
     def _take_memory(self, fd: int | None) -> None:
         """The descriptor that came with the lease, or that there is none."""
         raise NotImplementedError
+
+    def _is_cut(self) -> bool:
+        """Whether the fence has fallen already, as far as can be seen without asking."""
+        return False
 
     def _let_go(self) -> None:
         """Forget descriptors; called under the lock. Idempotent."""

@@ -58,6 +58,10 @@ class MemLease(Lease):
     def _take_memory(self, fd: int | None) -> None:
         self._memory = None if fd is None else Memory(fd, self._size_bytes)
 
+    def _is_cut(self) -> bool:
+        memory = self._memory
+        return memory is not None and _lseek(memory.fd, 0, _END) != memory.size
+
     def _let_go(self) -> None:
         self._memory = None
 

@@ -17,7 +17,7 @@ from grafos import _clock
 from grafos._calls import Peer, new_request_id
 from grafos._session import LocalSession, Notice, Session, StreamSession
 from grafos_core import failure
-from grafos_core.failure import Denied, FabricError, Fenced, LeaseExpired, Revoked
+from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
 from grafos_core.spiffe import Identity, Role
 from grafos_proto.v1 import node_pb2, node_pb2_grpc
 from grafos_proto.wire.credentials import Provider
@@ -27,6 +27,8 @@ CHUNK_BYTES_MAX: Final = 196_608
 BIND_MS_MAX: Final = 10_000
 RELEASE_MS_MAX: Final = 8_000
 """A teardown takes 5 s at the most, then it has failed; the credit is waited for 1 s more."""
+UNREACHABLE_MS, UNREACHABLE_PAUSE_MS = 200, 40
+"""A front that is being restarted is back in about that time."""
 CREDIT_WAIT_MS: Final = 1_000
 DETACH_MS_MAX: Final = 5_000
 CAUSE_MS_MAX: Final = 1_000
@@ -66,14 +68,22 @@ class NodeLine:
         request = node_pb2.ExtendRequest(token=token, session=self._session_id)
         return self._peer.ask("Extend", request, timeout_ms)
 
-    def release(self, lease_id: str, epoch: int, timeout_ms: float = RELEASE_MS_MAX) -> Any:
+    def release(self, lease_id: str, epoch: int) -> Any:
+        """The answer with the receipt; a node that is not there is not waited for."""
         request = node_pb2.NodeReleaseRequest(
             request_id=new_request_id(),
             lease_id=lease_id,
             epoch=epoch,
             credit_wait_ms=CREDIT_WAIT_MS,
         )
-        return self._peer.call("Release", request, timeout_ms)
+        impatient_ms = _clock.boot_ms() + UNREACHABLE_MS
+        while True:
+            try:
+                return self._peer.call("Release", request, RELEASE_MS_MAX)
+            except Disconnected as refused:
+                if refused.code == "DEADLINE" or _clock.boot_ms() >= impatient_ms:
+                    raise
+            _clock.sleep_ms(UNREACHABLE_PAUSE_MS)
 
     def detach(self, lease_id: str, epoch: int) -> None:
         request = node_pb2.DetachRequest(lease_id=lease_id, epoch=epoch)

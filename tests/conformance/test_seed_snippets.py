@@ -22,6 +22,7 @@ from grafos import (
     Failure,
     LeaseExpired,
     MemBuilder,
+    MemLease,
     connect,
 )
 from grafos._clock import wall_ms
@@ -179,6 +180,11 @@ def test_audit_chain(tmp_path: Path) -> None:
         collector.append(record)
 
 
+def write_for_ever(lease: MemLease) -> None:
+    while True:
+        lease.mem().write(0, b"x")
+
+
 def test_failures() -> None:
     """Every operation ends in a value or in one of eight named failures."""
     for failure, name in zip(
@@ -200,8 +206,7 @@ def test_failures() -> None:
     # and so
     with MemBuilder.new().min_bytes(4096).lease_secs(1).acquire() as lease:
         with pytest.raises(FabricError) as failed:
-            while True:
-                lease.mem().write(0, b"x")
+            write_for_ever(lease)
     assert failed.value.failure is Failure.LeaseExpired
 
 

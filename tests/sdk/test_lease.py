@@ -465,6 +465,27 @@ class TestLoss:
             lease.mem().read(0, 6)
         assert fenced.value.code == "AGENT_LOST"
 
+    def test_a_poll_sees_that_the_memory_is_gone(self, world: World, fabric: Fabric) -> None:
+        heard: list[Notice] = []
+        lease = take(fabric)
+        lease.on_notice(heard.append)
+        world.control.end(lease.lease_id, failure.of("REVOKED"))
+        fabric.poll()
+        assert [(each.kind, type(each.failure)) for each in heard] == [("revoked", Revoked)]
+        assert not lease.valid
+
+    def test_a_front_that_is_briefly_away_does_not_cost_the_receipt(
+        self, world: World, fabric: Fabric
+    ) -> None:
+        left = [failure.of("RETRY_LATER"), failure.of("RETRY_LATER")]
+
+        def refuse(op: str) -> None:
+            if op == "release" and left:
+                raise left.pop()
+
+        world.control.before = refuse
+        assert take(fabric).release().outcome == "torndown"
+
 
 class TestForgetting:
     def test_a_lease_that_nobody_holds_warns_and_goes_back_at_the_next_call(
@@ -537,6 +558,41 @@ class TestHandingOn:
             again = MemBuilder.attach(lease.lease_id)
         assert again.lease_id == lease.lease_id
         again.release()
+
+    def test_a_handle_whose_lease_another_took_up_neither_works_nor_releases_it(
+        self, world: World
+    ) -> None:
+        first, second = world.fabric("alice"), world.fabric("alice")
+        with take(first) as old:
+            new = MemBuilder().fabric(second).attach(old.lease_id)
+            eventually(lambda: polled(first) and not old.valid)
+            with pytest.raises(Fenced, match="another holder attached"):
+                old.mem().read(0, 1)
+        assert not old.release().credited
+        assert not world.admission.requests("Release")
+        assert world.book.grants[old.lease_id].cause is None
+        new.mem().write(0, b"mine")
+        assert new.release().credited
+
+    def test_even_where_the_node_cannot_be_asked(self, world: World) -> None:
+        first, second = world.fabric("alice"), world.fabric("alice")
+        old = take(first)
+        new = MemBuilder().fabric(second).attach(old.lease_id)
+        world.stop_node()
+        old.release()
+        assert not world.admission.requests("Release")
+        new.release()
+        assert len(world.admission.requests("Release")) == 1
+
+    def test_of_two_handles_in_one_connection_the_later_goes_on(
+        self, world: World, fabric: Fabric
+    ) -> None:
+        with take(fabric) as old:
+            new = MemBuilder().fabric(fabric).attach(old.lease_id)
+            with pytest.raises(Fenced, match="EPOCH_STALE"):
+                old.mem().read(0, 1)
+        assert world.book.grants[old.lease_id].cause is None
+        assert new.release().credited
 
     def test_attaching_what_is_gone_says_why(self, world: World, fabric: Fabric) -> None:
         with pytest.raises(Denied) as unknown:

@@ -42,6 +42,7 @@ from services.nodeagent.gatepage import CellState, GatePage
 from services.nodeagent.handover import HandoverServer, Offer, Offers, own_description
 from services.nodeagent.holders import NodeServicer, Places
 from services.nodeagent.sessions import News, Sessions
+from services.runtime import calls
 from services.runtime.clock import SYSTEM
 from services.runtime.logs import Log
 from services.runtime.server import Listener, Service, serve
@@ -123,7 +124,8 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
                 epoch=next(self.book.epochs), generation=1, ttl_ms=ttl_ms,
                 granted_at_ms=SYSTEM.wall_ms(), end_ms=SYSTEM.wall_ms() + ttl_ms,
                 state=lease_pb2.LEASE_STATE_PENDING, policy=request.policy,
-                request_id=request.request_id, holder="spiffe://test.local/x", holder_key="k",
+                request_id=request.request_id, holder=str(calls.peer().identity),
+                holder_key=calls.peer().key_thumbprint,
                 lifetime_end_ms=SYSTEM.wall_ms() + 86_400_000,
             )  # fmt: skip
             grant = Granted(lease, ttl_ms=ttl_ms, slot=next(self.book.slots))
@@ -137,6 +139,7 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
             if grant.cause is not None:
                 raise grant.cause
             grant.lease.generation += 1
+            grant.lease.holder_key = calls.peer().key_thumbprint
             return self._answer(grant)
 
     def Renew(self, request: Any, context: Any) -> Any:
@@ -293,6 +296,9 @@ class Control:
         before = self.table.opened(grant.lease.lease_id)
         if before is None or grant.cause is not None:
             raise grant.cause or failure.of("EPOCH_BURNT")
+        if session != grant.session:
+            lease_id = grant.lease.lease_id
+            self.sessions.tell(grant.session, News(lease_id, "fenced", "another holder attached"))
         return self._opened(grant, token, session, peer_key, before.storage, before.size_bytes)
 
     def _opened(
@@ -329,8 +335,10 @@ class Control:
         self._cells(grant, CellState.OPEN)
         return {"remaining_ms": grant.ttl_ms, "generation": grant.tokens[token]}
 
-    def _release(self, *, lease: str, epoch: int, **_: Any) -> dict[str, Any]:
+    def _release(self, *, lease: str, peer_key: str, **_: Any) -> dict[str, Any]:
         grant = self.book.find(lease)
+        if grant.holder_key != peer_key:
+            raise failure.of("NOT_FOUND")
         if grant.cause is None:
             self._take_back(grant, failure.of("LEASE_RELEASED"))
         return {"receipt": grant.receipt, "credited": self.credits}
