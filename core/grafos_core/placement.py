@@ -158,14 +158,16 @@ def _terms(request: Request, amount: int, view: NodeView) -> Iterable[Term]:
     isolation = request.policy.isolation
     yield Term("isolation", isolation in offered, f"{isolation} asked")
     yield Term("total", book.total >= amount, f"{amount} asked, {book.total} in all")
-    yield Term("registration", not view.lost, "its registration ran out")
+    yield Term("registration", not view.lost, "ran out" if view.lost else "in force")
     fresh = view.evidence_age_ms <= EVIDENCE_MS_MAX
     yield Term("evidence", fresh, f"{view.evidence_age_ms} ms old, {EVIDENCE_MS_MAX} allowed")
     yield Term("mode", view.mode == "accepting", view.mode)
-    yield Term("live", view.live_known, "its live leases are not known yet")
+    known = "known" if view.live_known else "not known yet"
+    yield Term("live", view.live_known, f"its live leases are {known}")
     ready = request.kind in view.ready_kinds
     closed = ", ".join(f"{gate}: {why}" for gate, why in sorted(view.closed_gates.items()))
-    yield Term("readiness", ready, closed or f"{request.kind} is not ready")
+    unready = closed or f"{request.kind} is not ready"
+    yield Term("readiness", ready, f"{request.kind} is ready" if ready else unready)
     yield Term("capacity", book.free >= amount, f"{amount} asked, {book.free} free")
     largest = book.largest_free_extent
     yield Term("extent", largest >= amount, f"{amount} asked, {largest} in one piece")
