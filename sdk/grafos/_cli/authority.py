@@ -9,6 +9,7 @@ from grafos import _clock
 from grafos._cli import settings
 from grafos._cli.exits import OK
 from grafos._cli.nouns import Tree
+from grafos._cluster.programs import TRUST_DOMAIN_DEFAULT
 
 
 def register(tree: Tree) -> None:
@@ -37,7 +38,7 @@ def _init(given: argparse.Namespace) -> int:
     root = given.root_dir.absolute() if given.root_dir else None
     authority = ca_init(
         _folder(given), now_ms=_clock.wall_ms(), root_directory=root,
-        trust_domain=settings.value(given, "trust_domain"),
+        trust_domain=settings.value(given, "trust_domain") or TRUST_DOMAIN_DEFAULT,
     )  # fmt: skip
     print(f"authority of {authority.trust_domain} in {_folder(given)}, root {authority.pin}")
     return OK

@@ -22,7 +22,9 @@ def register(tree: Tree) -> None:
     up = tree.verb("up", "start a fabric on this machine and wait until it is ready", _up)
     up.add_argument("--nodes", type=int, metavar="N", help="node agents to start [1]")
     up.add_argument("--memory", metavar="SIZE", help="memory of each node, like 256MiB")
-    up.add_argument("--block", metavar="SIZE", help="block storage of each node [256MiB]")
+    up.add_argument(
+        "--block", metavar="SIZE", help="block storage of each node [256MiB, or as before]"
+    )
     up.add_argument("--tcp", action="store_true", help="loopback ports in place of unix sockets")
     up.add_argument("--port-base", type=int, metavar="PORT", help="first port [7440]; 0: any")
     up.add_argument("--join-listen", metavar="HOST:PORT", help="let other machines join here")
@@ -76,14 +78,14 @@ def _up(given: argparse.Namespace) -> int:
 def _wanted(given: argparse.Namespace) -> Any:
     from grafos._cluster.launch import Wanted
 
-    memory = str(settings.value(given, "memory"))
+    memory, block = (str(settings.value(given, name)) for name in ("memory", "block"))
     faults = dict(each.partition("=")[::2] for each in given.fault)
     if not all(faults.values()):
         raise failure.of("INVALID", "--fault takes PROCESS=FAULTS")
     return Wanted(
         nodes=settings.value(given, "nodes"),
         memory_bytes=parse_size(memory) if memory else 0,
-        block_bytes=settings.value(given, "block"),
+        block_bytes=parse_size(block) if block else 0,
         trust_domain=settings.value(given, "trust_domain"),
         tcp=settings.value(given, "tcp"),
         port_base=settings.value(given, "port_base"),

@@ -53,10 +53,10 @@ SETTINGS: Final = {
         Setting("run_dir", "where the fabric's sockets are", "", str),
         Setting("nodes", "how many node agents `up` starts", "1", _count),
         Setting("memory", "memory that each node leases out", "", str),
-        Setting("block", "block storage that each node leases out", "256MiB", layout.parse_size),
+        Setting("block", "block storage that each node leases out", "", str),
         Setting("tcp", "listen on loopback ports, not on unix sockets", "false", _flag),
         Setting("port_base", "first loopback port; 0: any", "7440", _count),
-        Setting("trust_domain", "name of the fabric in its certificates", "grafos.local", str),
+        Setting("trust_domain", "name of the fabric in its certificates", "", str),
         Setting("join_listen", "host:port where machines join; empty: nowhere", "", str),
         Setting("timeout_s", "for one command to be answered, in seconds", "10", _count),
     )

@@ -9,12 +9,7 @@ from pathlib import Path
 
 from grafos._cluster.layout import Layout
 from grafos._cluster.machine import memory_for_each
-from grafos._cluster.programs import (
-    BLOCK_BYTES_DEFAULT,
-    MODULES,
-    TRUST_DOMAIN_DEFAULT,
-    Plan,
-)
+from grafos._cluster.programs import MODULES, Plan
 from grafos._cluster.supervisor import Supervisor
 from grafos_core.failure import FabricError
 
@@ -25,8 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--memory-bytes", type=int, default=0)
-    parser.add_argument("--block-bytes", type=int, default=BLOCK_BYTES_DEFAULT)
-    parser.add_argument("--trust-domain", default=TRUST_DOMAIN_DEFAULT)
+    parser.add_argument("--block-bytes", type=int, default=0)
+    parser.add_argument("--trust-domain", default="")
     parser.add_argument("--tcp", action="store_true")
     parser.add_argument("--port-base", type=int, default=0)
     parser.add_argument("--join-listen", default="")

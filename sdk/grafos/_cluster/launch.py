@@ -20,8 +20,8 @@ from typing import Any, Final
 from grafos._clock import boot_ms
 from grafos._cluster.description import start_ticks
 from grafos._cluster.layout import PORT_BASE_DEFAULT, Layout
-from grafos._cluster.logfile import open_log, tail
-from grafos._cluster.programs import BLOCK_BYTES_DEFAULT, TRUST_DOMAIN_DEFAULT, environment
+from grafos._cluster.logfile import last_words, open_log
+from grafos._cluster.programs import environment
 from grafos._cluster.telephone import ask
 from grafos_core import failure
 from grafos_core.failure import FabricError
@@ -30,7 +30,6 @@ READY_MS_MAX: Final = 60_000
 END_MS_MAX: Final = 40_000
 """Three groups of processes are stopped one after another, each within 8 s, and 5 s if killed."""
 REPORT_BYTES_MAX: Final = 16_384
-LOG_CHARS_MAX: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +39,10 @@ class Wanted:
     nodes: int = 1
     memory_bytes: int = 0
     """Of each node; 0: a fair part of what this machine has."""
-    block_bytes: int = BLOCK_BYTES_DEFAULT
-    trust_domain: str = TRUST_DOMAIN_DEFAULT
+    block_bytes: int = 0
+    """Of each node; 0: as its state was made with, else 256 MiB."""
+    trust_domain: str = ""
+    """Empty: as its state was made with, else grafos.local."""
     tcp: bool = False
     port_base: int = PORT_BASE_DEFAULT
     join_listen: str = ""
@@ -88,7 +89,7 @@ class Launched:
                 raise failure.of("DEADLINE", why_not_ready(self.layout))
             part = os.read(self.ready_fd, REPORT_BYTES_MAX)
             if not part:
-                why = " ".join(tail(self.layout.supervisor_log, 1))
+                why = last_words(self.layout.supervisor_log)
                 raise failure.of("NOT_READY", f"the supervisor ended at its start: {why}")
             data += part
         os.close(self.ready_fd)
@@ -151,8 +152,8 @@ def _waits(process: Mapping[str, Any], layout: Layout) -> str:
     name = str(process["name"])
     text = f"{name} ({', '.join(f'{gate}: {why}' for gate, why in process['closed_gates'].items())}"
     if "http" not in process["endpoints"]:
-        last = " ".join(tail(layout.log(name), 1))[:LOG_CHARS_MAX]
-        text += f", started {process['restarts'] + 1} times, last said: {last or 'nothing'}"
+        said = last_words(layout.log(name)) or "nothing"
+        text += f", started {process['restarts'] + 1} times, said last: {said}"
     return text + ")"
 
 

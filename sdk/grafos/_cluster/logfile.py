@@ -8,13 +8,15 @@ instant between copying and cutting is lost: logs inform, they prove nothing. Th
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Final
 
 LOG_BYTES_MAX: Final = 4 << 20
-TAIL_BYTES: Final = 16_384
+TAIL_BYTES: Final = 65_536
+WORDS_CHARS_MAX: Final = 300
 
 
 def open_log(path: Path) -> int:
@@ -34,6 +36,20 @@ def rotate(path: Path, bytes_max: int = LOG_BYTES_MAX) -> bool:
     except OSError:
         return False  # full, or gone: tried again at the next look
     return True
+
+
+def last_words(path: Path) -> str:
+    """The last line in short: what a log line of ours is about, or the line as it is."""
+    line = "".join(tail(path, 1)).strip()
+    try:
+        said = json.loads(line)
+        trace = said.get("traceback") or [""]
+        words = trace[-1] or " ".join(
+            str(said[name]) for name in ("event", "detail", "code", "why") if name in said
+        )
+    except (ValueError, AttributeError, TypeError):
+        words = line
+    return str(words)[-WORDS_CHARS_MAX:]
 
 
 def tail(path: Path, lines_max: int) -> list[str]:

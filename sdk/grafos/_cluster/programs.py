@@ -41,9 +41,10 @@ class Plan:
     nodes: int
     memory_bytes: int
     """Of each node."""
-    block_bytes: int = BLOCK_BYTES_DEFAULT
-    """Of each node."""
-    trust_domain: str = TRUST_DOMAIN_DEFAULT
+    block_bytes: int = 0
+    """Of each node; 0: as its state was made with."""
+    trust_domain: str = ""
+    """Empty: as its state was made with."""
     tcp: bool = False
     port_base: int = PORT_BASE_DEFAULT
     """0: any free ports."""
@@ -56,7 +57,7 @@ class Plan:
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= NODES_MAX:
             raise failure.of("RANGE", f"1 to {NODES_MAX} nodes run on one machine")
-        if self.memory_bytes < 4096 or self.block_bytes < 4096:
+        if self.memory_bytes < 4096 or 0 < self.block_bytes < 4096:
             raise failure.of("RANGE", "a node leases out at least 4096 bytes of each kind")
         if not 0 <= self.port_base <= 65_000:
             raise failure.of("RANGE", "the first port is 0 to 65000")

@@ -35,10 +35,11 @@ from grafos._cluster import description as descriptions
 from grafos._cluster.child import BackOff, Child
 from grafos._cluster.description import ClusterDescription, NodeDescription
 from grafos._cluster.layout import Layout
-from grafos._cluster.logfile import rotate, tail
+from grafos._cluster.logfile import last_words, rotate
 from grafos._cluster.processes import descendants
 from grafos._cluster.programs import Plan, Program, programs
 from grafos._cluster.readiness import Watch
+from grafos._cluster.remembered import remembered
 from grafos._cluster.telephone import Telephone
 from grafos_core import failure
 from grafos_core.failure import FabricError
@@ -50,6 +51,8 @@ TICK_MS: Final = 1_000
 STOP_MS_MAX: Final = 8_000
 """For one group of processes to drain; then they are killed."""
 USAGE_STATUS: Final = 2
+START_DEATHS_MAX: Final = 6
+"""In about eight seconds: what a supervisor that was killed has left behind ends in less."""
 LOCK_FILE: Final = "supervisor.lock"
 
 
@@ -99,6 +102,7 @@ class Supervisor:
         try:
             self._layout.prepare()
             locks = [_lock(folder) for folder in (self._layout.state, self._layout.run)]
+            self._plan = remembered(self._plan, self._layout.state)
         except FabricError as refusal:
             self._report({"ready": False, "code": refusal.code, "why": refusal.detail})
             raise
@@ -248,9 +252,17 @@ class Supervisor:
         pause_ms = slot.back_off.died(started_ms=child.started_ms, now_ms=boot_ms())
         name, status = slot.program.name, slot.last_status
         self._say("process.died", process=name, pid=child.pid, status=status, pause_ms=pause_ms)
-        if status == USAGE_STATUS and not self._was_ready:
-            why = " ".join(tail(self._layout.log(name), 1))
+        if not self._was_ready:
+            self._give_up_if_hopeless(slot, child)
+
+    def _give_up_if_hopeless(self, slot: Slot, child: Child) -> None:
+        """Before the fabric has ever been ready, what cannot start must not look like patience."""
+        name = slot.program.name
+        why = last_words(self._layout.log(name))
+        if slot.last_status == USAGE_STATUS:
             raise failure.of("OPTION", f"{name} does not take its flags: {why}")
+        if not child.http and slot.back_off.deaths >= START_DEATHS_MAX:
+            raise failure.of("NOT_READY", f"{name} ended {slot.back_off.deaths} times: {why}")
 
     def _forget(self, child: Child) -> None:
         for descriptor in (child.pidfd, child.ready_fd):

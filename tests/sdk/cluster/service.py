@@ -5,8 +5,8 @@ it serves, answers readiness, and ends on SIGTERM or with its parent. Started as
 `python -m tests.sdk.cluster.service`, in the place of the four real ones.
 
 What it is told through the faults of its process, which is free text here:
-    usage          exits with status 2 at once        mute    never says that it is ready
-    stubborn       does not end on SIGTERM
+    usage       exits with status 2 at once     refuse   exits with status 1 each time
+    stubborn    does not end on SIGTERM         mute     never says that it is ready
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ def main() -> int:
     if fault == "usage":
         print("this flag does not fit", file=sys.stderr)
         return 2
+    if fault == "refuse":
+        line = {"event": "service.refused", "traceback": ["STORAGE: the disk is not ours"]}
+        print(json.dumps(line), file=sys.stderr)
+        return 1
     files = IdentityFiles(Path(given.state_dir) / "identity")
     secret = read_spawn_secret(given.secret_fd)
     files.save(

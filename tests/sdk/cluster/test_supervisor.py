@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from grafos._authority import ca_init
+from grafos._clock import wall_ms
 from grafos._cluster import description as descriptions
 from grafos._cluster.child import BACK_OFF_MS_MAX, FRESH_MS, BackOff
 from grafos._cluster.launch import Wanted, end, launch
 from grafos._cluster.layout import Layout
+from grafos._cluster.logfile import last_words, open_log, rotate
+from grafos._cluster.programs import Plan
+from grafos._cluster.remembered import remembered
 from grafos._local import LocalFabric
 from grafos_core import failure
 from tests.sdk.cluster.stand import MODULES, eventually, stand_in_fabric
@@ -195,3 +200,50 @@ def test_pauses_double_to_five_seconds_and_a_long_life_resets_them() -> None:
     assert back_off.take(5_008)
     assert not back_off.take(6_000)
     assert back_off.died(started_ms=0, now_ms=FRESH_MS) == 100
+
+
+def test_what_cannot_start_is_given_up_with_its_last_words() -> None:
+    fabric = LocalFabric(modules=MODULES, faults={"audit": "refuse"})
+    with pytest.raises(failure.Degraded, match=r"audit ended 6 times: .*the disk is not ours"):
+        fabric.start()
+
+
+def test_a_state_remembers_what_it_was_made_with(tmp_path: Path) -> None:
+    first = remembered(Plan(1, 1 << 20, block_bytes=8 << 20), tmp_path)
+    assert first.trust_domain == "grafos.local"
+    later = remembered(Plan(2, 2 << 20), tmp_path)
+    assert (later.nodes, later.memory_bytes, later.block_bytes) == (2, 2 << 20, 8 << 20)
+    with pytest.raises(failure.Incompatible, match=r"8\.0 MiB of blocks"):
+        remembered(Plan(1, 1 << 20, block_bytes=16 << 20), tmp_path)
+    with pytest.raises(failure.Incompatible, match=r"trust domain grafos\.local"):
+        remembered(Plan(1, 1 << 20, trust_domain="other.local"), tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(failure.Incompatible, match="cannot be read"):
+        remembered(Plan(1, 1 << 20), tmp_path)
+
+
+def test_a_fabric_takes_the_name_of_the_authority_that_was_made_for_it(tmp_path: Path) -> None:
+    ca_init(tmp_path / "ca", now_ms=wall_ms(), trust_domain="made.before")
+    assert remembered(Plan(1, 1 << 20), tmp_path).trust_domain == "made.before"
+
+
+def test_logs_are_cut_when_they_have_grown_and_writers_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    descriptor = open_log(path)
+    os.write(descriptor, b"x" * 2_000)
+    assert not rotate(path, 4_000)
+    os.write(descriptor, b"y" * 2_001)
+    assert rotate(path, 4_000)
+    os.write(descriptor, b"the next line\n")
+    os.close(descriptor)
+    assert path.read_text() == "the next line\n"
+    assert (tmp_path / "log.jsonl.1").stat().st_size == 4_001
+
+
+def test_last_words_are_those_of_the_failure(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"event": "service.refused", "traceback": ["a", "VERSION: too old"]}\n')
+    assert last_words(path) == "VERSION: too old"
+    path.write_text('{"event": "service.halted"}\nplain words\n')
+    assert last_words(path) == "plain words"
+    assert last_words(tmp_path / "none") == ""
