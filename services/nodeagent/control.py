@@ -110,6 +110,8 @@ class Control:
         self._after: list[Callable[[], None]] = []
         self._holders: dict[str, Watched] = {}
         """The watched process of each session."""
+        self._connected: set[str] = set()
+        """Sessions that have had a connection."""
         self._settled = False
         self._empty = threading.Event()
         self.front_ready = threading.Event()
@@ -266,7 +268,7 @@ class Control:
             case "session_lost":
                 self.post(lambda now: self.core.session_lost(message["session"], now))
             case "session_back":
-                self.post(lambda now: self.core.session_back(message["session"], now))
+                self.post(lambda now: self._session_back(message["session"], now))
             case "device_failed":
                 self.rooms.log.error("device.failed", lease_id=message["lease"], why=message["why"])
                 self.in_owner(lambda: self._device_failed(message["lease"], message["why"]))
@@ -388,9 +390,25 @@ class Control:
         self._after.append(self._let_holders_in)
 
     def _let_holders_in(self) -> None:
+        sessions = self.performer.sessions()
+        self._connected &= sessions
+        self._effects.extend(self._excused(sessions, self.now()))
         for message in self.performer.ended_messages():
             self.front.send(message)
         self.front.send({"op": "serve"})
+
+    def _excused(self, sessions: set[str], now: Instant) -> list[Effect]:
+        """Who lost no connection with a front that died, or is known to be alive by its pidfd, need
+        not come back to the next one."""
+        effects: list[Effect] = []
+        for session in sessions:
+            if session not in self._connected or session in self._holders:
+                effects += self.core.session_back(session, now)
+        return effects
+
+    def _session_back(self, session: str, now: Instant) -> list[Effect]:
+        self._connected.add(session)
+        return self.core.session_back(session, now)
 
     def _kill_front(self, why: str) -> None:
         self.rooms.log.warning("front.killed", why=why)
@@ -399,8 +417,9 @@ class Control:
     def front_lost(self) -> None:
         """It is gone, with everything it had in flight."""
         self.rooms.gate.reset_in_flight()
+        sessions = self.performer.sessions()
         self.performer.forget_front()
-        self.post(self.core.front_lost)
+        self.post(lambda now: self.core.front_lost(now) + self._excused(sessions, now))
 
     # The warden. `taken` is called in its link's thread
 

@@ -24,7 +24,7 @@ from typing import Final
 
 from grafos_core import failure
 from grafos_proto.v1 import node_pb2_grpc
-from grafos_proto.wire.credentials import IdentityFiles
+from grafos_proto.wire.credentials import CHAIN_FILE, Credentials, IdentityFiles
 from services.nodeagent.datapath import DataPath, LeaseTable
 from services.nodeagent.frontblock import BlockShelf
 from services.nodeagent.frontdesk import ControlLine, FrontDesk
@@ -58,7 +58,7 @@ class Front:
 
     def __init__(self, flags: argparse.Namespace) -> None:
         self._flags = flags
-        self._identity = IdentityFiles(Path(flags.identity_dir))
+        self._identity = RenewedFiles(Path(flags.identity_dir))
         self._log = Log("front", level=flags.log_level)
         self._link = Link.from_fd(flags.link)
         table = LeaseTable()
@@ -70,9 +70,7 @@ class Front:
         self._line, self._offers = line, Offers()
         self._server: Server | None = None
         shelf = BlockShelf(Path(flags.block_file), flags.block_bytes)
-        self._desk = FrontDesk(
-            line, self._data, self._sessions, shelf.storage, self._reload, self._stop
-        )
+        self._desk = FrontDesk(line, self._data, self._sessions, shelf.storage, self._stop)
 
     def run(self) -> None:
         reader = threading.Thread(target=self._link.serve, args=[self._desk.handle], name="link")
@@ -102,12 +100,24 @@ class Front:
         )
         return Listener(self._flags.listen, [service], limits=LIMITS)
 
-    def _reload(self) -> None:
-        self._identity.load()
-
     def _stop(self) -> None:
         if self._server is not None:
             self._server.stop(STOP_MS)
+
+
+class RenewedFiles:
+    """Our certificate, which control renews on disk: read again when its file is another one."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files, self._chain = IdentityFiles(folder), folder / CHAIN_FILE
+        self._read = 0
+
+    def __call__(self) -> Credentials:
+        written = self._chain.stat().st_mtime_ns
+        if written != self._read:
+            self._files.load()
+            self._read = written
+        return self._files()
 
 
 def die_with_parent(parent: int) -> None:

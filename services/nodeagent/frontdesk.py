@@ -6,7 +6,6 @@
               notice  news for a session
               raise   the deadline of an open lease has moved
             serve   everything is opened: let holders in
-            reload  the certificate on disk is a new one
               stop    take no new calls, finish those in flight             → stopped
     front → bind attach extend release detach   a holder's request, passed on with his name
             holder  a local process has come with its secret; answered once the lease is exported
@@ -105,7 +104,6 @@ class FrontDesk:
     data: DataPath
     sessions: Sessions
     block_storage: Callable[[Message, list[int]], Storage]
-    reload: Callable[[], None]
     stop: Callable[[], None]
     serve: threading.Event = field(default_factory=threading.Event)
     """Set when everything that is open has been opened here."""
@@ -128,8 +126,6 @@ class FrontDesk:
             self.sessions.tell(message["session"], news_of(message))
         elif op == "raise":
             self._raise(message)
-        elif op == "reload":
-            self.reload()
         elif op == "serve":
             self.serve.set()
         elif op == "stop":

@@ -236,7 +236,6 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
             time_left_ms(),
             token=_token(request.token),
             session=session,
-            connected=self._sessions.is_there(session),
             **_named(caller),
         )
         now_ms = self._boottime_ms()

@@ -139,7 +139,8 @@ class Performer:
         self._facts: dict[str, BoundFacts] = {}
         """As last bound or attached, of what is charged."""
         self._ops: dict[str, tuple[str, ...]] = {}
-        self._in_front: set[str] = set()
+        self._in_front: dict[str, str] = {}
+        """Session by lease, of what the front has open."""
         self._ended: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self.proofs: dict[str, Proof] = {}
         self._does: dict[type, Callable[[Any], None]] = {
@@ -176,6 +177,10 @@ class Performer:
     def forget_front(self) -> None:
         """The front is gone, and what it knew."""
         self._in_front.clear()
+
+    def sessions(self) -> set[str]:
+        """Of all leases that the front has open."""
+        return set(self._in_front.values())
 
     def ended_messages(self) -> Iterable[Message]:
         """For a fresh front: what has ended and why, in messages of a bounded size."""
@@ -285,8 +290,12 @@ class Performer:
         self._tools.gate.close_control(effect.slot)
         self._tools.ledger.forget_bound(effect.lease_id)
         facts = self._facts.get(effect.lease_id)
-        if facts is not None:
-            self._tools.watcher.closed(effect.lease_id, facts.kind)
+        if facts is None:
+            return
+        self._tools.watcher.closed(effect.lease_id, facts.kind)
+        cause = self._tools.core.verdict(effect.lease_id, facts.epoch, self._tools.now())
+        if cause is not None:
+            self.remember_end(facts, cause)
 
     def _open_front(self, effect: OpenFront) -> None:
         facts = effect.facts
@@ -305,18 +314,14 @@ class Performer:
             "ops": list(self._ops.get(effect.lease_id, ())),
             **fields,
         }
-        self._in_front.add(effect.lease_id)
+        self._in_front[effect.lease_id] = effect.session
         self.partners.front.send(message, fds)
 
     def _shut_front(self, effect: ShutFront) -> None:
         core, lease_id, attempt = self._tools.core, effect.lease_id, effect.attempt
-        self._in_front.discard(lease_id)
-        message: dict[str, Any] = {"op": "shut", "lease": lease_id}
-        facts = self._facts.get(lease_id)
-        if facts is not None:
-            cause = core.verdict(lease_id, facts.epoch, self._tools.now())
-            if cause is not None:
-                message |= self.remember_end(facts, cause)
+        self._in_front.pop(lease_id, None)
+        ended = self._ended.get(lease_id, {})
+        message: dict[str, Any] = {"op": "shut", "lease": lease_id, **ended}
 
         def answered(answer: Message | None) -> None:
             if answer is None:

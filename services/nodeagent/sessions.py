@@ -87,9 +87,5 @@ class Sessions:
         for each in known:
             each.tell(news)
 
-    def is_there(self, session: str) -> bool:
-        with self._lock:
-            return session in self._connections
-
     def _full(self) -> bool:
         return len(self._connections) >= SESSIONS_MAX

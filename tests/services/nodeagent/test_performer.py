@@ -1,0 +1,170 @@
+"""Effects in their order: what is told waits for what is written; what gathers is written once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from grafos_core import failure
+from grafos_core.chain import Record
+from grafos_core.lease import Kind, LeaseId, Policy
+from grafos_core.node import NodeCore
+from grafos_core.node_effects import (
+    Answer,
+    BoundFacts,
+    CloseGate,
+    Detached,
+    Effect,
+    Instant,
+    Notify,
+    OpenGate,
+    Persist,
+    ReceiptFacts,
+    Recovered,
+    ReportBound,
+    Result,
+    WardenRaise,
+)
+from services.nodeagent.devices.memory import MemoryDevice
+from services.nodeagent.gatepage import GatePage, Verdict
+from services.nodeagent.ipc import Message
+from services.nodeagent.performer import Partners, Performer, Tools
+from services.nodeagent.slices import Slices
+
+NOW = Instant(1_000, 2_000)
+LEASE = LeaseId("ab" * 16)
+
+
+class Scribe:
+    """Stands at the other end of everything and writes down what arrives, in order."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.halted = False
+
+    # the durable surface
+    def append(
+        self,
+        events: Sequence[tuple[str, str, int, Mapping[str, Any]]],
+        *,
+        now: Instant,
+        time_floor_ms: int,
+    ) -> Sequence[Record]:
+        if self.halted:
+            raise failure.of("STORAGE")
+        self.lines.append("write " + " ".join(kind for kind, _, _, _ in events))
+        return []
+
+    # front and warden
+    def send(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> bool:
+        self.lines.append(f"send {message['op']}")
+        return True
+
+    def ask(
+        self,
+        message: Mapping[str, Any],
+        fds: Sequence[int],
+        answered: Callable[[Message | None], None],
+    ) -> None:
+        self.lines.append(f"ask {message['op']}")
+
+    # the ledger
+    def send_receipt(self, receipt: ReceiptFacts) -> None:
+        self.lines.append("receipt")
+
+    def report_bound(self, report: tuple[str, int, int]) -> None:
+        self.lines.append("report")
+
+    def forget_bound(self, lease_id: str) -> None: ...
+
+    # those who asked, and those who count
+    def answer(self, number: int, result: Result) -> None:
+        self.lines.append(f"answer {number}")
+
+    def closed(self, lease_id: str, kind: Kind) -> None: ...
+
+    def settled(self, receipt: ReceiptFacts) -> None: ...
+
+
+@pytest.fixture
+def scribe() -> Scribe:
+    return Scribe()
+
+
+@pytest.fixture
+def gate() -> GatePage:
+    return GatePage.create(4)
+
+
+@pytest.fixture
+def performer(scribe: Scribe, gate: GatePage) -> Performer:
+    core = NodeCore("n1", "cd" * 16, {Kind.MEM: 1 << 20}, Recovered(), NOW)
+    slices = Slices("cd" * 16, MemoryDevice(1 << 20), None)
+    tools = Tools(
+        core, gate, slices, scribe, scribe, lambda verb: None, lambda: NOW, scribe.answer, scribe
+    )
+    return Performer(tools, Partners(scribe, scribe, lambda why: None))
+
+
+def persist(*kinds: str) -> Persist:
+    return Persist(tuple((kind, LEASE, 1, {}) for kind in kinds), seal_now=True)
+
+
+def test_an_answer_comes_after_its_record(performer: Performer, scribe: Scribe) -> None:
+    performer.perform([persist("agent.bound"), Answer(1, Detached(5)), ReportBound(LEASE, 1, 1)])
+    assert scribe.lines == ["write agent.bound", "answer 1", "report"]
+
+
+def test_the_records_of_several_lists_share_the_write_of_the_first(
+    performer: Performer, scribe: Scribe
+) -> None:
+    effects: list[Effect] = [
+        WardenRaise(LEASE, 9_000),
+        persist("agent.bound"),
+        Answer(1, Detached(5)),
+        persist("agent.teardown_begin", "agent.teardown_end"),
+        Answer(2, Detached(5)),
+    ]
+    performer.perform(effects)
+    assert scribe.lines == [
+        "ask raise",
+        "write agent.bound agent.teardown_begin agent.teardown_end",
+        "answer 1",
+        "answer 2",
+    ]
+
+
+def test_a_gate_closes_without_waiting_for_a_record(
+    performer: Performer, scribe: Scribe, gate: GatePage
+) -> None:
+    performer.perform([OpenGate(LEASE, 2, 1, 9_000)])
+    scribe.halted = True
+    with pytest.raises(failure.Fenced):
+        performer.perform([CloseGate(LEASE, 2), persist("agent.fenced"), Answer(1, Detached(0))])
+    assert gate.verdict(2, bytes.fromhex(LEASE), 1, 0) is Verdict.CLOSED
+    assert scribe.lines == [], "and nobody was told what is not written"
+
+
+def test_a_disk_that_fails_ends_the_list(performer: Performer, scribe: Scribe) -> None:
+    scribe.halted = True
+    with pytest.raises(failure.Fenced):
+        performer.perform(
+            [Notify(LEASE, "s", "expired", ""), persist("agent.bound"), Answer(1, Detached(0))]
+        )
+    assert scribe.lines == ["send notice"]
+
+
+def test_a_fresh_front_is_told_of_ends_in_messages_that_fit_the_link(performer: Performer) -> None:
+    from grafos_core import codec
+    from services.nodeagent.ipc import MESSAGE_BYTES_MAX
+
+    for number in range(200):
+        facts = BoundFacts(
+            LeaseId(f"{number:032x}"), Kind.MEM, 1, 1, 4096, 0, "h", "k" * 43, 0, Policy()
+        )
+        performer.remember_end(facts, failure.of("REVOKED", "x" * 200, cause="preempted"))
+    messages = list(performer.ended_messages())
+    assert sum(len(message["leases"]) for message in messages) == 200
+    assert max(len(codec.encode(message)) for message in messages) < MESSAGE_BYTES_MAX
