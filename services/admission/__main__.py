@@ -11,7 +11,8 @@ from grafos_core.spiffe import Identity, Role
 from grafos_proto.v1 import admission_pb2_grpc, lease_pb2, ledger_pb2
 from grafos_proto.v1.ledger_pb2_grpc import LedgerServiceStub
 from grafos_proto.wire.failures import failure_of
-from services.admission.server import AdmissionServicer, Ledger
+from services.admission.ledger import UPKEEP_TIMEOUT_MS, Ledger
+from services.admission.server import AdmissionServicer
 from services.admission.tokens import Minter
 from services.admission.view import FabricView
 from services.runtime import flags
@@ -23,6 +24,7 @@ from services.runtime.signing import SigningKey
 NAME: Final = "grafos.v1.AdmissionService"
 FOLLOW_AGAIN_S: Final = 0.1
 UPKEEP_S: Final = 1.0
+GATE_S: Final = 0.1
 GATES: Final = ("ledger", "key")
 
 
@@ -44,6 +46,7 @@ def start(process: Process) -> None:
     process.on_stop(stopped.set)
     for body, arguments in (
         (follow, (process, view, stopped)),
+        (show_gate, (process, view, stopped)),
         (upkeep, (process, view, ledger, key, str(here), stopped)),
     ):
         threading.Thread(target=body, args=arguments, name=body.__name__, daemon=True).start()
@@ -69,26 +72,31 @@ def follow(process: Process, view: FabricView, stopped: threading.Event) -> None
         stopped.wait(FOLLOW_AGAIN_S)
 
 
-def upkeep(
-    process: Process, view: FabricView, ledger: Ledger, key: SigningKey, issuer: str,
-    stopped: threading.Event,
-) -> None:  # fmt: skip
-    """Publish our key, watch the ledger's freshness, hand in refusals that nobody took along."""
-    published, pause_s = False, 0.02
-    while not stopped.wait(pause_s):
+def show_gate(process: Process, view: FabricView, stopped: threading.Event) -> None:
+    """Apart from `upkeep`, which waits for the ledger when that is away."""
+    while not stopped.wait(GATE_S):
         if view.loaded:
             process.readiness.open("ledger")
         else:
             process.readiness.close("ledger", "no fresh word of the ledger")
+
+
+def upkeep(
+    process: Process, view: FabricView, ledger: Ledger, key: SigningKey, issuer: str,
+    stopped: threading.Event,
+) -> None:  # fmt: skip
+    """Publish our key to each ledger that we meet, hand in refusals that nobody took along."""
+    published_at = 0
+    while not stopped.wait(UPKEEP_S if published_at == view.snapshots > 0 else FOLLOW_AGAIN_S):
+        snapshots = view.snapshots
         try:
-            if not published:
+            if published_at != snapshots:
                 publish(ledger, key, issuer)
-                published = True
+                published_at = snapshots
                 process.readiness.open("key")
             ledger.flush_refusals()
-        except FabricError as error:
-            process.log.debug("ledger.unreachable", code=error.code)
-        pause_s = UPKEEP_S if published and view.loaded else 0.05
+        except (FabricError, OSError) as error:
+            process.log.debug("ledger.unreachable", error=str(error))
 
 
 def publish(ledger: Ledger, key: SigningKey, issuer: str) -> None:
@@ -97,7 +105,7 @@ def publish(ledger: Ledger, key: SigningKey, issuer: str) -> None:
         key_id=key.key_id, owner=issuer, use="lease", public_key=key.public_key
     )
     command = ledger_pb2.Command(publish_key=ledger_pb2.PublishKey(key=message))
-    outcome = ledger.commit(command, 5_000)
+    (outcome,) = ledger.commit_all([command], timeout_ms=UPKEEP_TIMEOUT_MS)
     if outcome.HasField("failure"):
         raise failure_of(outcome.failure)
 

@@ -10,8 +10,11 @@ that is not theirs does not exist.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final
+import threading
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Final
 
 import grpc
 
@@ -21,24 +24,31 @@ from grafos_core.lease import (
     AMOUNT_MAX,
     TOKEN_MS_DEFAULT,
     TTL_MS_DEFAULT,
+    USABLE,
     Lease,
     LeaseId,
+    NodeId,
     check_lease_id,
     check_request_id,
     check_ttl,
 )
-from grafos_core.lessor import GRACE_MS_MAX, REASON_CHARS_MAX, principal
+from grafos_core.lessor import (
+    GRACE_MS_MAX,
+    REASON_CHARS_MAX,
+    NodeView,
+    ended_failure,
+    principal,
+)
 from grafos_core.placement import Admit, Deny, Request
 from grafos_core.spiffe import Identity, Role
 from grafos_proto.v1 import admission_pb2, lease_pb2, ledger_pb2
 from grafos_proto.v1.admission_pb2_grpc import AdmissionServiceServicer
-from grafos_proto.v1.ledger_pb2_grpc import LedgerServiceStub
 from grafos_proto.wire import convert
 from grafos_proto.wire.failures import failure_of
-from services.admission.commits import BATCH_MAX, Coalescer
+from services.admission.commits import BATCH_MAX
+from services.admission.ledger import Ledger
 from services.admission.tokens import Minter
 from services.admission.view import FabricView
-from services.runtime.client import Remote
 from services.runtime.clock import Clock
 from services.runtime.faults import fault
 from services.runtime.server import deadline_left_ms, peer
@@ -50,64 +60,18 @@ RETURN_OVERHEAD_MS: Final = 200
 """Kept back of the caller's deadline, so that the inner refusal is the one it hears."""
 LABELS_MAX: Final = 16
 REVOKE_MAX: Final = 256
-LIST_LIMIT_MAX: Final = 10_000
-REFUSALS_MAX: Final = 64
-"""Refusals that one commit takes along; more are counted and not recorded one by one."""
+LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX = 1_000, 10_000
+LIST_BYTES_MAX: Final = 512 * 1024
 LOOK_AGAIN_MS: Final = 250
-LOOK_TIMEOUT_MS: Final = 5_000
+WATCHES_MAX: Final = 32
+"""Each takes a thread here and a stream of our one connection to the ledger, which has 64."""
+WATCHES_PER_CALLER_MAX: Final = 8
+NOWHERE: Final = "0" * 32
+"""The incarnation of no node."""
 
-COMMIT_TIMEOUT_MS: Final = 10_000
 
-
-class Ledger:
-    """The ledger as admission uses it: batched commits and renewals, plain look-ups."""
-
-    def __init__(self, remote: Remote[LedgerServiceStub]) -> None:
-        self._remote = remote
-        self._refusals: list[ledger_pb2.Command] = []
-        self.commit: Coalescer[ledger_pb2.Command, ledger_pb2.Outcome] = Coalescer(self._commit)
-        self.renew: Coalescer[ledger_pb2.LedgerRenew, ledger_pb2.Outcome] = Coalescer(self._renew)
-
-    def record_refusal(self, refusal: ledger_pb2.Refusal) -> None:
-        """With the next commit, or when `flush_refusals` is called."""
-        if len(self._refusals) < REFUSALS_MAX:
-            self._refusals.append(ledger_pb2.Command(refusal=refusal))
-
-    def flush_refusals(self) -> None:
-        if self._refusals:
-            self._commit([])
-
-    def _commit(self, commands: Sequence[ledger_pb2.Command]) -> Sequence[ledger_pb2.Outcome]:
-        fault("admission.commit")
-        refusals, self._refusals = self._refusals, []
-        room = max(0, BATCH_MAX - len(commands))
-        request = ledger_pb2.CommitRequest(commands=[*commands, *refusals[:room]])
-        response = self._remote.call("Commit", request, timeout_ms=COMMIT_TIMEOUT_MS)
-        outcomes: list[ledger_pb2.Outcome] = list(response.outcomes[: len(commands)])
-        return outcomes
-
-    def _renew(self, asks: Sequence[ledger_pb2.LedgerRenew]) -> Sequence[ledger_pb2.Outcome]:
-        request = ledger_pb2.LedgerRenewRequest(renewals=asks)
-        response = self._remote.call("Renew", request, timeout_ms=COMMIT_TIMEOUT_MS)
-        outcomes: list[ledger_pb2.Outcome] = list(response.outcomes)
-        return outcomes
-
-    def get(self, lease_id: LeaseId) -> lease_pb2.Lease:
-        request = admission_pb2.GetLeaseRequest(lease_id=lease_id)
-        found: lease_pb2.Lease = self._remote.call("Get", request, timeout_ms=LOOK_TIMEOUT_MS)
-        return found
-
-    def list(self, request: admission_pb2.ListLeasesRequest) -> admission_pb2.ListLeasesResponse:
-        found: admission_pb2.ListLeasesResponse = self._remote.call(
-            "List", request, timeout_ms=COMMIT_TIMEOUT_MS
-        )
-        return found
-
-    def watch(
-        self, request: ledger_pb2.WatchRequest
-    ) -> tuple[Iterator[ledger_pb2.WatchResponse], Callable[[], Any]]:
-        """The events, and what ends them."""
-        return self._remote.stream("Watch", request)
+_Asked = admission_pb2.ListLeasesRequest
+_Listing = admission_pb2.ListLeasesResponse
 
 
 class AdmissionServicer(AdmissionServiceServicer):
@@ -115,6 +79,7 @@ class AdmissionServicer(AdmissionServiceServicer):
         self, view: FabricView, ledger: Ledger, minter: Minter, clock: Clock, metrics: Metrics
     ) -> None:
         self._view, self._ledger, self._minter, self._clock = view, ledger, minter, clock
+        self._places = WatchPlaces()
         self._decisions = metrics.counter("grafos_admission_decisions")
         self._waited = metrics.histogram("grafos_admission_wait_seconds")
 
@@ -137,25 +102,54 @@ class AdmissionServicer(AdmissionServiceServicer):
     def _acquire(self, ask: Request, request: admission_pb2.AcquireRequest, who: Identity) -> Lease:
         started_ms = self._clock.boot_ms()
         wait_ms = request.wait_ms if request.has_wait else EVIDENCE_WAIT_MS
-        until_ms = started_ms + min(wait_ms, max(0, deadline_left_ms() - RETURN_OVERHEAD_MS))
+        until_ms = started_ms + min(wait_ms, deadline_left_ms() - RETURN_OVERHEAD_MS)
+        asked_before = False
         while True:
             nodes, version = self._view.nodes()
-            decision = placement.evaluate(ask, nodes)
-            refusal = decision.failure() if isinstance(decision, Deny) else None
-            for place in placement.candidates(ask, nodes) if refusal is None else ():
-                outcome = self._grant(ask, request, who, place)
-                if isinstance(outcome, Lease):
-                    waited_ms = self._clock.boot_ms() - started_ms
-                    self._waited.labels(ask.kind.value).observe(waited_ms / 1000)
-                    return outcome
-                refusal = outcome
-                if refusal.code not in ELSEWHERE:
-                    raise refusal
-            assert refusal is not None
+            outcome = self._try_once(ask, request, who, nodes)
+            if isinstance(outcome, Deny) and self._view.loaded and not asked_before:
+                asked_before = True
+                outcome = self._granted_before(ask, request, who) or outcome
+            if isinstance(outcome, Lease):
+                waited_ms = self._clock.boot_ms() - started_ms
+                self._waited.labels(ask.kind.value).observe(waited_ms / 1000)
+                return outcome
+            refusal = outcome.failure() if isinstance(outcome, Deny) else outcome
             left_ms = until_ms - self._clock.boot_ms()
             if left_ms <= 0 or not _may_wait(refusal, request.has_wait):
                 raise refusal
             self._view.wait_change(version, min(left_ms, LOOK_AGAIN_MS))
+
+    def _try_once(
+        self, ask: Request, request: admission_pb2.AcquireRequest, who: Identity,
+        nodes: Sequence[NodeView],
+    ) -> Lease | Deny | FabricError:  # fmt: skip
+        """The best node, and the next best where the ledger says that it is full by now."""
+        refusal: FabricError | None = None
+        for place in placement.candidates(ask, nodes):
+            outcome = self._grant(ask, request, who, place)
+            if isinstance(outcome, Lease) or outcome.code not in ELSEWHERE:
+                return outcome
+            refusal = outcome
+        if refusal is not None:
+            return refusal
+        decision = placement.evaluate(ask, nodes)
+        failure.invariant(isinstance(decision, Deny), "no node fits and none is refused")
+        assert isinstance(decision, Deny)
+        return decision
+
+    def _granted_before(
+        self, ask: Request, request: admission_pb2.AcquireRequest, who: Identity
+    ) -> Lease | None:
+        """The lease that an earlier try of this request was granted, when no node fits any more.
+
+        The ledger answers a request id that it knows with its lease; a grant that names no node's
+        incarnation asks for nothing else.
+        """
+        node_id = request.where.get("node") or "none"
+        place = Admit(NodeId(node_id), NOWHERE, "", placement.rounded(ask.kind, ask.amount))
+        outcome = self._grant(ask, request, who, place)
+        return outcome if isinstance(outcome, Lease) else None
 
     def _grant(
         self, ask: Request, request: admission_pb2.AcquireRequest, who: Identity, place: Admit
@@ -213,8 +207,9 @@ class AdmissionServicer(AdmissionServiceServicer):
         self, request: admission_pb2.AcquireRequest, context: grpc.ServicerContext
     ) -> admission_pb2.ExplainResponse:
         ask = read_request(request)
-        listing = admission_pb2.ListLeasesRequest(kind=request.kind, limit=LIST_LIMIT_MAX)
-        leases = [convert.lease_from_proto(x) for x in self._ledger.list(listing).leases]
+        listing = admission_pb2.ListLeasesRequest(kind=request.kind)
+        pages = self._ledger.pages(listing)
+        leases = [convert.lease_from_proto(x) for page in pages for x in page.leases]
         nodes, _ = self._view.nodes()
         decision, reports = placement.explain(ask, nodes, leases)
         return explanation(decision, reports, own=_own_leases(leases))
@@ -247,14 +242,21 @@ class AdmissionServicer(AdmissionServiceServicer):
         if request.grace_ms > GRACE_MS_MAX:
             raise failure.of("RANGE", f"grace_ms: at most {GRACE_MS_MAX}")
         ids = [check_lease_id(lease_id) for lease_id in request.lease_ids]
-        ended = []
-        for lease_id in ids:
-            end = ledger_pb2.EndLease(
-                request_id=check_request_id(request.request_id), lease_id=lease_id,
-                cause="revoked", reason=request.reason, grace_ms=request.grace_ms, by=str(who),
-                tenant=who.tenant or "", holder=str(who) if who.role is Role.HOLDER else "",
-            )  # fmt: skip
-            ended.append(self._commit(ledger_pb2.Command(end=end)))
+        request_id = check_request_id(request.request_id)
+        commands = [
+            ledger_pb2.Command(
+                end=ledger_pb2.EndLease(
+                    request_id=request_id, lease_id=lease_id, cause="revoked",
+                    reason=request.reason, grace_ms=request.grace_ms, by=str(who),
+                    tenant=who.tenant or "", holder=str(who) if who.role is Role.HOLDER else "",
+                )
+            )
+            for lease_id in ids
+        ]  # fmt: skip
+        outcomes: list[ledger_pb2.Outcome] = []
+        for first in range(0, len(commands), BATCH_MAX):
+            outcomes += self._ledger.commit_all(commands[first : first + BATCH_MAX])
+        ended = [_read_outcome(outcome) for outcome in outcomes]
         return admission_pb2.RevokeResponse(leases=[convert.lease_to_proto(x) for x in ended])
 
     # looking
@@ -273,35 +275,44 @@ class AdmissionServicer(AdmissionServiceServicer):
     ) -> admission_pb2.ListLeasesResponse:
         if request.limit > LIST_LIMIT_MAX:
             raise failure.of("RANGE", f"limit: at most {LIST_LIMIT_MAX}")
-        asked = admission_pb2.ListLeasesRequest()
-        asked.CopyFrom(request)
-        who = peer().identity
-        if who.role is Role.HOLDER:
-            asked.tenant = who.tenant or ""
-        found = self._ledger.list(asked)
-        seen = [lease for lease in found.leases if _sees(lease)]
-        return admission_pb2.ListLeasesResponse(
-            leases=seen, next=found.next, revision=found.revision
-        )
+        limit, size, response = request.limit or LIST_LIMIT_DEFAULT, 0, _Listing()
+        for page in self._ledger.pages(_of_caller(request)):
+            response.revision = response.revision or page.revision
+            for lease in filter(_sees, page.leases):
+                size += lease.ByteSize()
+                if len(response.leases) == limit or size > LIST_BYTES_MAX:
+                    response.next = response.leases[-1].lease_id
+                    return response
+                response.leases.append(lease)
+        return response
 
     def Watch(
         self, request: admission_pb2.WatchLeasesRequest, context: grpc.ServicerContext
     ) -> Iterator[admission_pb2.WatchLeasesResponse]:
         if request.lease_id:
             check_lease_id(request.lease_id)
-        revision = request.from_revision
-        if revision == 0:
-            found = self._ledger.list(admission_pb2.ListLeasesRequest(limit=LIST_LIMIT_MAX))
-            revision = found.revision
-            for lease in found.leases:
-                if _sees(lease) and request.lease_id in ("", lease.lease_id):
-                    yield admission_pb2.WatchLeasesResponse(
-                        revision=revision, event="snapshot", lease=lease
-                    )
-        events, cancel = self._ledger.watch(ledger_pb2.WatchRequest(from_revision=revision))
-        context.add_callback(lambda: cancel())
-        for response in events:
-            yield from _lease_events(response, request.lease_id)
+        with self._places.taken(str(peer().identity)):
+            revision = request.from_revision
+            if revision == 0:
+                revision = yield from self._snapshot(request.lease_id)
+            events, cancel = self._ledger.watch(ledger_pb2.WatchRequest(from_revision=revision))
+            try:
+                if context.add_callback(cancel):
+                    for response in events:
+                        yield from _lease_events(response, request.lease_id)
+            finally:
+                cancel()
+
+    def _snapshot(self, lease_id: str) -> Generator[admission_pb2.WatchLeasesResponse, None, int]:
+        """The live leases, then from where to follow. They carry no revision: whoever is cut off in
+        the middle of them begins anew."""
+        revision = 0
+        for page in self._ledger.pages(_of_caller(_Asked())):
+            revision = revision or page.revision
+            for lease in page.leases:
+                if _sees(lease) and lease_id in ("", lease.lease_id):
+                    yield admission_pb2.WatchLeasesResponse(event="snapshot", lease=lease)
+        return revision
 
     # helpers
 
@@ -309,13 +320,17 @@ class AdmissionServicer(AdmissionServiceServicer):
         return _read_outcome(self._ledger.commit(command, self._time_left()))
 
     def _time_left(self) -> int:
+        """How long the ledger may take; less than the caller waits, so that it hears why."""
         left_ms = deadline_left_ms()
         if left_ms <= 0:
             raise failure.of("DEADLINE")
-        return left_ms
+        return max(left_ms // 2, left_ms - RETURN_OVERHEAD_MS)
 
     def _mint(self, lease: Lease) -> tuple[str, int]:
+        """For a lease that may be used now; a retried request may have come too late for that."""
         fault("admission.mint")
+        if lease.state not in USABLE:
+            raise ended_failure(lease)
         return self._minter.mint(lease, self._clock.wall_ms())
 
     def _answer(self, lease: Lease) -> admission_pb2.AcquireResponse:
@@ -338,7 +353,7 @@ class AdmissionServicer(AdmissionServiceServicer):
 
 
 ELSEWHERE: Final = frozenset(
-    {"NO_CAPACITY", "NODE_NOT_READY", "PRECONDITION", "LEDGER_BEHIND", "NO_MATCH"}
+    {"NO_CAPACITY", "NODE_NOT_READY", "PRECONDITION", "LEDGER_BEHIND", "NO_MATCH", "NOT_FOUND"}
 )
 """Refusals of the ledger that another node may not meet."""
 
@@ -404,6 +419,37 @@ def _sees(lease: lease_pb2.Lease) -> bool:
     return lease.tenant == who.tenant and principal(lease.holder) == principal(str(who))
 
 
+def _of_caller(request: _Asked) -> _Asked:
+    """The request, of a holder's own tenant alone."""
+    asked = _Asked()
+    asked.CopyFrom(request)
+    who = peer().identity
+    if who.role is Role.HOLDER:
+        asked.tenant = who.tenant or ""
+    return asked
+
+
+class WatchPlaces:
+    """How many may watch at a time, each and all together."""
+
+    def __init__(self) -> None:
+        self._taken: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def taken(self, who: str) -> Generator[None, None, None]:
+        with self._lock:
+            if self._taken[who] >= WATCHES_PER_CALLER_MAX or self._taken.total() >= WATCHES_MAX:
+                raise failure.of("STREAMS", "watches", retry_after_ms=1_000)
+            self._taken[who] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken[who] -= 1
+                self._taken += Counter()  # forget those who watch no longer
+
+
 def _own_leases(leases: Sequence[Lease]) -> dict[LeaseId, bool]:
     who = peer().identity
     everything = who.role is Role.OPERATOR
@@ -414,14 +460,17 @@ def _own_leases(leases: Sequence[Lease]) -> dict[LeaseId, bool]:
 def _lease_events(
     response: ledger_pb2.WatchResponse, lease_id: str
 ) -> Iterator[admission_pb2.WatchLeasesResponse]:
+    """What of it the caller may see; where that is nothing, how far it has heard."""
+    shown = False
     for event in response.events:
         if not event.HasField("lease") or not _sees(event.lease):
             continue
         if lease_id in ("", event.lease.lease_id):
+            shown = True
             yield admission_pb2.WatchLeasesResponse(
                 revision=event.revision, event=event.kind, lease=event.lease
             )
-    if not response.events:
+    if not shown:
         yield admission_pb2.WatchLeasesResponse(revision=response.revision, event="progress")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Final
 
-from grafos_core import token
-from grafos_core.lease import TOKEN_MS_DEFAULT, Lease
+from grafos_core import failure, token
+from grafos_core.lease import TOKEN_MS_DEFAULT, Lease, LeaseState
 from grafos_core.token import LeaseToken
 from services.runtime.signing import SigningKey
 
@@ -18,16 +18,20 @@ class Minter:
         self._issuer, self._key = issuer, key
 
     def mint(self, lease: Lease, now_ms: int) -> tuple[str, int]:
-        """The token, and how many ms it lives. It never outlives the lease."""
+        """The token, and how many ms it lives. It never outlives the lease, nor the time after
+        which the ledger burns what was not bound."""
         expires_ms = min(now_ms + TOKEN_MS_DEFAULT, lease.end_ms)
-        issued_ms = min(now_ms, expires_ms)
+        if lease.state is LeaseState.PENDING:
+            expires_ms = min(expires_ms, lease.bind_by_ms)
+        if expires_ms <= now_ms:
+            raise failure.of("LEASE_EXPIRED", lease_id=lease.lease_id, epoch=lease.epoch)
         claims = LeaseToken(
             issuer=self._issuer,
             subject=lease.holder,
             audience=token.audience_of(lease.node_id, lease.incarnation),
             jti=secrets.token_hex(16),
-            iat_ms=issued_ms,
-            nbf_ms=issued_ms,
+            iat_ms=now_ms,
+            nbf_ms=now_ms,
             exp_ms=expires_ms,
             holder_thumbprint=lease.holder_key,
             lease_id=lease.lease_id,
@@ -43,4 +47,4 @@ class Minter:
             policy=lease.policy,
         ).to_claims()
         text = token.mint(token.LEASE, self._key.key_id, claims, self._key.sign)
-        return text, expires_ms - issued_ms
+        return text, expires_ms - now_ms

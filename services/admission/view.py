@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import replace
 
+from grafos_core import chain
 from grafos_core.books import BookView
 from grafos_core.failure import FabricError
 from grafos_core.lease import Kind, NodeId
@@ -35,6 +36,8 @@ class FabricView:
         self._version = 0
         self._heard_at_ms = 0
         self._loaded = False
+        self.snapshots = 0
+        """How often it began anew: after each, the ledger may be another or an older one."""
 
     def nodes(self) -> tuple[list[NodeView], int]:
         """The nodes as of now, and the version to wait upon with `wait_change`."""
@@ -69,6 +72,7 @@ class FabricView:
         try:
             for response in events:
                 self._take([event.node for event in response.events if event.HasField("node")])
+                self._forget(response.events)
                 if stopped.is_set() or response.compacted_to:
                     return
         except FabricError:
@@ -84,12 +88,21 @@ class FabricView:
             if whole:
                 self._nodes.clear()
                 self._loaded = True
+                self.snapshots += 1
             for view in views:
                 self._nodes[view.node_id] = (view, read_at_ms)
             self._heard_at_ms = read_at_ms
             if views or whole:
                 self._version += 1
                 self._changed.notify_all()
+
+    def _forget(self, events: Iterable[ledger_pb2.Event]) -> None:
+        """What an operator gave up, unless the ledger already knows a new node of that name."""
+        for event in events:
+            if event.kind == "node.forgotten" and not event.HasField("node"):
+                body = chain.parse(event.record).body
+                with self._changed:
+                    self._nodes.pop(NodeId(str(body["node_id"])), None)
 
 
 def node_view(message: lease_pb2.Node) -> NodeView:
