@@ -25,6 +25,8 @@ from services.runtime.logs import Log
 CALL_MS: Final = 5_000
 AGAIN_MS_MIN, AGAIN_MS_MAX = 100, 5_000
 IDLE_MS: Final = 1_000
+GATHER_MS: Final = 100
+"""Nobody waits for the collector: what happens within this time goes together."""
 
 
 class Sender:
@@ -34,7 +36,7 @@ class Sender:
     ) -> None:  # fmt: skip
         self._ledger, self._remote, self._readiness, self._log = ledger, remote, readiness, log
         self._incarnation, self._key = store.incarnation, store.key
-        self._wake, self._closed = threading.Event(), False
+        self._wake, self._ended = threading.Event(), threading.Event()
         self.acknowledged: int | None = None
         """The last record that the collector has; None: not asked yet."""
         self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
@@ -46,7 +48,7 @@ class Sender:
         self._wake.set()
 
     def stop(self) -> None:
-        self._closed = True
+        self._ended.set()
         self._wake.set()
         self._remote.close()
         if self._thread.is_alive():
@@ -54,7 +56,7 @@ class Sender:
 
     def _run(self) -> None:
         tries = 0
-        while not self._closed:
+        while not self._ended.is_set():
             try:
                 more = self._turn()
                 tries = 0
@@ -64,6 +66,7 @@ class Sender:
             if not more:
                 pause_ms = min(AGAIN_MS_MAX, AGAIN_MS_MIN * 2**tries) if tries else IDLE_MS
                 self._wake.wait(pause_ms / 1000)
+                self._ended.wait(GATHER_MS / 1000)
                 self._wake.clear()
 
     def _turn(self) -> bool:

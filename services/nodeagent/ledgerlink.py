@@ -2,8 +2,8 @@
 
 Rules. Everything here repeats until it is acknowledged, and everything it sends may arrive twice.
 A receipt is signed anew at each sending, with the key that is in force then. What comes back is
-handed to control as it came; nothing is decided here. Two threads, so that a slow answer to one
-kind of message does not hold up the other: registration carries the readiness evidence and must be
+handed to control as it came; nothing is decided here. Three threads, so that a slow answer to one
+kind of message does not hold up the others: registration carries the readiness evidence and must be
 on time. A ledger that is away costs one try per back-off period, never a tenant's time.
 """
 
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import grpc
+
 from grafos_core.failure import FabricError
 from grafos_core.node_effects import ReceiptFacts
 from grafos_proto.v1 import ledger_pb2, ledger_pb2_grpc
@@ -21,6 +23,8 @@ from grafos_proto.wire import failures
 from grafos_proto.wire.credentials import PeerChannel
 from services.runtime.faults import fault
 
+GATHER_S: Final = 0.05
+"""How long a report of what was bound waits for others to go with."""
 REGISTER_S: Final = 1.0
 """The registration lives for 3 s: two renewals may get lost."""
 CALL_S: Final = 2.0
@@ -62,7 +66,7 @@ class Outbox:
 
 
 class LedgerLink:
-    """Constructed without effect; `start` makes the two threads."""
+    """Constructed without effect; `start` makes its threads."""
 
     def __init__(
         self, channel: PeerChannel, owner: Owner, sign: Callable[[ReceiptFacts], str]
@@ -70,9 +74,10 @@ class LedgerLink:
         self._channel, self._owner, self._sign = channel, owner, sign
         self._outbox = Outbox.empty()
         self._register_now = threading.Event()
+        self._made: tuple[grpc.Channel, ledger_pb2_grpc.LedgerServiceStub] | None = None
 
     def start(self) -> None:
-        for work in (self._register_always, self._report_always):
+        for work in (self._register_always, self._report_always, self._credit_always):
             threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
     def stop(self) -> None:
@@ -121,23 +126,38 @@ class LedgerLink:
             return self._stub().Register(self._owner.registration(), timeout=CALL_S)
 
     def _report_always(self) -> None:
+        """Nobody waits for a report: what is bound within a moment goes together, and a lease that
+        has ended by then is spared one."""
+        box = self._outbox
+
+        def next_batch() -> list[Reported]:
+            with box.wake:
+                box.wake.wait_for(lambda: box.bound or box.stopped)
+                box.wake.wait_for(lambda: box.stopped, GATHER_S)
+                return list(box.bound.values())[:BOUND_MAX]
+
+        self._always(lambda: self._report(next_batch()))
+
+    def _credit_always(self) -> None:
+        """Somebody waits for a credit: it goes at once."""
+        box = self._outbox
+
+        def next_batch() -> dict[str, ReceiptFacts]:
+            with box.wake:
+                box.wake.wait_for(lambda: box.receipts or box.stopped)
+                return dict(list(box.receipts.items())[:RECEIPTS_MAX])
+
+        self._always(lambda: self._credit(next_batch()))
+
+    def _always(self, send_batch: Callable[[], None]) -> None:
         back_off_s = BACK_OFF_S_MIN
         while not self._outbox.stopped:
-            bound, receipts = self._next_batch()
             try:
-                self._report(bound)
-                self._credit(receipts)
+                send_batch()
                 back_off_s = BACK_OFF_S_MIN
             except (FabricError, OSError):
                 self._pause(back_off_s)
                 back_off_s = min(2 * back_off_s, BACK_OFF_S_MAX)
-
-    def _next_batch(self) -> tuple[list[Reported], dict[str, ReceiptFacts]]:
-        box = self._outbox
-        with box.wake:
-            box.wake.wait_for(lambda: box.bound or box.receipts or box.stopped)
-            bound = list(box.bound.values())[:BOUND_MAX]
-            return bound, dict(list(box.receipts.items())[:RECEIPTS_MAX])
 
     def _pause(self, seconds: float) -> None:
         with self._outbox.wake:
@@ -178,7 +198,10 @@ class LedgerLink:
             self._owner.credited(receipt, refusal_of(outcome))
 
     def _stub(self) -> ledger_pb2_grpc.LedgerServiceStub:
-        return ledger_pb2_grpc.LedgerServiceStub(self._channel.get())
+        channel, made = self._channel.get(), self._made
+        if made is None or made[0] is not channel:
+            made = self._made = (channel, ledger_pb2_grpc.LedgerServiceStub(channel))
+        return made[1]
 
 
 def refusal_of(outcome: ledger_pb2.Outcome) -> FabricError | None:
