@@ -9,6 +9,7 @@ from grafos import _clock
 from grafos._cli import settings
 from grafos._cli.exits import OK
 from grafos._cli.nouns import Tree
+from grafos._cluster.layout import make_private
 from grafos._cluster.programs import TRUST_DOMAIN_DEFAULT
 
 
@@ -29,7 +30,9 @@ def register(tree: Tree) -> None:
 def _folder(given: argparse.Namespace) -> Path:
     if given.dir is not None:
         return Path(given.dir).absolute()
-    return settings.the_layout(given).authority
+    layout = settings.the_layout(given)
+    make_private(layout.state)
+    return layout.authority
 
 
 def _init(given: argparse.Namespace) -> int:

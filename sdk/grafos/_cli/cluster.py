@@ -111,6 +111,7 @@ def _where(layout: Layout, found: ClusterDescription) -> str:
         ("nodes", ", ".join(node.node_id for node in found.nodes)),
         ("admission", found.admission),
         ("identity", found.identity_socket),
+        *([("machines join", found.join)] if found.join else []),
         ("state", layout.state),
         ("logs", f"{layout.state}/<service>/log.jsonl"),
         ("stop it", "grafos down"),

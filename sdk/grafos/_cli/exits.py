@@ -19,7 +19,6 @@ _ADVICE: Final = {
     "DEADLINE": "see `grafos status` for who is not ready",
     "NOT_READY": "see `grafos status` for the closed gates",
     "ROLE": "operators are the user who ran `grafos up`, and root",
-    "IDENTITY": "this user's certificate is not this fabric's",
     "CERT_EXPIRED": "check this machine's clock, then try again",
     "NOT_FOUND": "list what there is: `grafos lease list`, `grafos node list`",
     "LIVE_LEASES": "revoke them first: `grafos lease revoke`",

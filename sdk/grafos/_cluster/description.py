@@ -53,6 +53,8 @@ class ClusterDescription:
     supervisor_start: int
     """Field 22 of proc(5)'s stat: two processes of one number differ in it."""
     admission_control: str = ""
+    join: str = ""
+    """Where other machines join, `host:port`; empty: nowhere."""
     supervisor_socket: str = ""
     http: Mapping[str, str] = field(default_factory=dict)
     """Service to its plain HTTP listener."""

@@ -54,16 +54,23 @@ class Identities:
     ) -> None:
         authority = _open(folder, trust_domain)
         self.trust_domain, self.ca_file = authority.trust_domain, folder / "root.crt"
-        self.join_port = 0
+        self.join = ""
+        """Where machines join, with the real port."""
         self._issuer = LockedIssuer(authority, operator_uid=operator_uid)
         self._server = IdentityServer()
         add_identity_socket(self._server, socket_path, self._issuer)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._serve, name="identities", daemon=True)
 
-    def listen_for_machines(self, host: str, port: int) -> None:
-        """Let other machines join here, with a token."""
-        self.join_port = add_join_listener(self._server, host, port, self._issuer, now_ms=wall_ms())
+    def listen_for_machines(self, address: str) -> None:
+        """Let other machines join at `host:port`, with a token; port 0: any."""
+        host, _, port = address.rpartition(":")
+        if not host or not port.isascii() or not port.isdigit() or int(port) > 65_535:
+            raise failure.of("INVALID", "join listener: host:port is needed")
+        found = add_join_listener(
+            self._server, host.strip("[]"), int(port), self._issuer, now_ms=wall_ms()
+        )
+        self.join = f"{host}:{found}"
 
     def start(self) -> None:
         self._thread.start()

@@ -49,7 +49,7 @@ def last_words(path: Path) -> str:
         )
     except (ValueError, AttributeError, TypeError):
         words = line
-    return str(words)[-WORDS_CHARS_MAX:]
+    return str(words)[:WORDS_CHARS_MAX]
 
 
 def tail(path: Path, lines_max: int) -> list[str]:

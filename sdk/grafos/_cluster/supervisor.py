@@ -159,8 +159,7 @@ class Supervisor:
             operator_uid=os.getuid(),
         )
         if self._plan.join_listen:
-            host, _, port = self._plan.join_listen.rpartition(":")
-            identities.listen_for_machines(host, int(port))
+            identities.listen_for_machines(self._plan.join_listen)
         identities.start()
         return identities
 
@@ -376,6 +375,7 @@ class Supervisor:
                 state_dir=str(self._layout.state),
                 admission=services["admission"]["listen"],
                 admission_control=services["admission"]["control"],
+                join=self._identities.join,
                 ledger=services["ledger"]["listen"],
                 audit=services["audit"]["listen"],
                 nodes=tuple(_node_description(node, http) for node in nodes),

@@ -114,3 +114,42 @@ def test_up_status_and_down_load_neither_grpc_nor_cryptography() -> None:
         env={"PYTHONPATH": ":".join(path for path in sys.path if path)},
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
+
+
+def test_a_machine_joins_once_with_its_token(cli: Cli, place: Path) -> None:
+    layout = Layout(place / "state", place / "run")
+    launched = launch(layout, Wanted(modules=MODULES, join_listen="127.0.0.1:0"))
+    launched.wait_ready(20_000)
+    launched.close()
+    found = descriptions.load(layout.description)
+    assert found is not None
+    try:
+        token = cli("node", "token", "create", "n7").stdout.strip()
+        join = ("node", "join", found.join, "--token", token, "--out")
+        first = cli(*join, str(place / "n7"))
+        assert first.returncode == 0, first.stderr
+        assert first.stdout.startswith("spiffe://grafos.local/node/n7 in ")
+        assert (place / "n7" / "tls.crt").exists()
+        second = cli(*join, str(place / "other"))
+        assert second.returncode == 4
+        assert "JOIN_TOKEN" in second.stderr
+        assert token not in second.stderr
+    finally:
+        end(found.supervisor_pid, found.supervisor_start)
+        launched.process.wait(10)
+
+
+def test_a_fabric_comes_up_again_after_its_supervisor_was_killed(cli: Cli, up: Layout) -> None:
+    before = descriptions.load(up.description)
+    assert before is not None
+    killed = subprocess.run(["kill", "-9", str(before.supervisor_pid)], check=False)
+    assert killed.returncode == 0
+    again = launch(up, Wanted(modules=MODULES))
+    again.wait_ready(20_000)
+    again.close()
+    found = descriptions.load(up.description)
+    assert found is not None
+    assert found.supervisor_pid != before.supervisor_pid
+    assert cli("status").returncode == 0
+    assert end(found.supervisor_pid, found.supervisor_start) == "stopped"
+    again.process.wait(10)

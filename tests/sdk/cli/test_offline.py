@@ -26,6 +26,7 @@ def test_an_authority_is_made_and_issues_an_identity_into_a_folder(cli: Cli, pla
     assert made.returncode == 0, made.stderr
     assert (place / "vault" / "root.key").exists()
     assert not (place / "state" / "ca" / "root.key").exists()
+    assert (place / "state").stat().st_mode & 0o077 == 0  # else `up` would refuse it
     who = "spiffe://grafos.local/tenant/acme/holder/alice"
     issued = cli("identity", "issue", who, "--out", str(place / "alice"))
     assert (issued.returncode, issued.stdout.split()[0]) == (0, who), issued.stderr
