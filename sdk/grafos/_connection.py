@@ -268,7 +268,7 @@ class Fabric:
         """Take what the nodes have said, and run the callbacks that wait. Never waits."""
         for node in list(self._nodes.values()):
             node.poll()
-        while self._notices:
+        while self._notices and not self._pulse.is_quiet():
             try:
                 notice = self._notices.popleft()
             except IndexError:  # another thread was faster

@@ -206,15 +206,8 @@ class Lease:
                 has not moved.
             LeaseExpired: it is too late, or (code LIFETIME) the lifetime allows no more.
         """
-        with self._line:
-            self._look()
-            try:
-                self._renew_once(_ttl_ms(ttl))
-            except FabricError as refused:
-                self._renewal_failed(refused)
-                raise self._jeopardy_or(refused) from refused
-            self._look()
-            return self.remaining_ms()
+        self._renew(_ttl_ms(ttl), RENEW_MS_MAX)
+        return self.remaining_ms()
 
     def release(self) -> TeardownReceipt:
         """Give the lease back; what the node says it took back. Once done, the same answer again.
@@ -260,7 +253,10 @@ class Lease:
         """
         with self._line:
             self._look()
-            self._grip.node.detach(self.lease_id, self.epoch)
+            try:
+                self._grip.node.detach(self.lease_id, self.epoch)
+            except FabricError as refused:
+                raise self._failed_operation(refused) from None
             self._grip.keep = self._grip.detached = True
 
     def share(self, *_: Any, **__: Any) -> NoReturn:
@@ -447,9 +443,18 @@ class Lease:
         with self._lock:
             return None if self._end is not None else self._holder.timeout_ms(_clock.boot_ms())
 
-    def _renew_once(self, ttl_ms: int) -> None:
+    def _renew(self, ttl_ms: int, timeout_ms: int) -> None:
+        with self._line:
+            self._look()
+            try:
+                self._renew_once(ttl_ms, max(1, min(timeout_ms, self.remaining_ms())))
+            except FabricError as refused:
+                self._renewal_failed(refused)
+                raise self._jeopardy_or(refused) from refused
+            self._look()
+
+    def _renew_once(self, ttl_ms: int, timeout_ms: int) -> None:
         self._renewal_sent()
-        timeout_ms = max(1, min(RENEW_MS_MAX, self.remaining_ms()))
         end_ms = _clock.boot_ms() + timeout_ms
         granted = self._fabric._renew(self.lease_id, ttl_ms, timeout_ms)
         self._renewal_sent()

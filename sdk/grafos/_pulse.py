@@ -1,8 +1,10 @@
 """The SDK's only thread, for those who ask for it: it renews, and with `start()` it listens.
 
 Rules. It starts with the first lease that wants to be renewed in the background, or with `start()`;
-it holds no lease alive. It wakes when something falls due, and at the latest after a second. What a
-renewal fails with it tells by notice, as everything else does.
+it holds no lease alive, and runs callbacks only after `start()`. It wakes when something falls due,
+and at the latest after a second. What a renewal fails with it tells by notice, as everything else
+does. The most urgent lease goes first, and a node that does not answer is asked for one lease per
+beat, so that it costs the leases of other nodes a second and not their lives.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
 
 BEAT_MS_MIN, BEAT_MS_MAX = 5, 1_000
 LISTEN_MS: Final = 50
-STOP_MS_MAX: Final = 6_000
-"""A renewal that is under way is let finish; it has its own deadline of 5 s."""
+RENEW_MS_MAX: Final = 1_000
+"""For one renewal; one that is late is tried again, since there is time left by design."""
+STOP_MS_MAX: Final = 2_000
+"""A renewal that is under way is let finish."""
 _log = logging.getLogger("grafos")
 
 
@@ -47,6 +51,10 @@ class Pulse:
         """From now on run callbacks, too."""
         self._listening = True
         self._start()
+
+    def is_quiet(self) -> bool:
+        """Whether this is the SDK's own thread and nobody has asked it to call back."""
+        return self._thread is threading.current_thread() and not self._listening
 
     def stop(self) -> None:
         self._stopped = True
@@ -81,10 +89,11 @@ class Pulse:
             fabric.poll()
         wait_ms = LISTEN_MS if self._listening else BEAT_MS_MAX
         with self._lock:
-            leases = list(self._leases)
+            leases = sorted(self._leases, key=lambda lease: lease._until_ns)
+        silent: set[str] = set()
         for lease in leases:
-            if lease._renew_due():
-                self._renew(lease)
+            if lease.node_id not in silent and lease._renew_due() and not self._renew(lease):
+                silent.add(lease.node_id)
             lease._tick()
             timeout_ms = lease._timeout_ms()
             if timeout_ms is None:
@@ -93,8 +102,10 @@ class Pulse:
                 wait_ms = min(wait_ms, timeout_ms)
         return max(BEAT_MS_MIN, wait_ms)
 
-    def _renew(self, lease: Lease) -> None:
+    def _renew(self, lease: Lease) -> bool:
         try:
-            lease.renew()
+            lease._renew(0, RENEW_MS_MAX)
         except FabricError as failed:
             _log.warning("lease %s was not renewed: %s", lease.lease_id, failed)
+            return False
+        return True

@@ -406,6 +406,20 @@ class TestLoss:
             world.control.tell(lease.lease_id, "revoke_warning")
             eventually(lambda: (lease.mem().read(0, 1), heard)[1])
 
+    def test_the_thread_that_renews_calls_nobody_back_unless_told_to(
+        self, world: World, fabric: Fabric
+    ) -> None:
+        heard: list[str] = []
+        builder = MemBuilder().fabric(fabric).min_bytes(1).lease_secs(1).auto_renew()
+        with builder.acquire() as lease:
+            lease.on_notice(lambda notice: heard.append(threading.current_thread().name))
+            world.control.tell(lease.lease_id, "revoke_warning")
+            renewed = lease.generation + 1
+            eventually(lambda: lease.generation > renewed)
+            assert heard == []
+            fabric.poll()
+            assert heard == [threading.current_thread().name]
+
     def test_start_lets_the_sdks_thread_call_back(self, world: World, fabric: Fabric) -> None:
         heard: list[str] = []
         with take(fabric) as lease:

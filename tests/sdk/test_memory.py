@@ -123,6 +123,25 @@ class TestNothingAfterTheEnd:
         with pytest.raises(LeaseExpired):
             memory.read(0, 6)
 
+    def test_a_buffer_filled_after_the_stop_is_emptied_again(
+        self, world: World, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lease = MemBuilder().fabric(fabric).min_bytes(4096).lease_secs(30).acquire()
+        lease.mem().write(0, b"secret")
+        real, buffer = os.preadv, bytearray(6)
+
+        def late(fd: int, views: list[Any], offset: int) -> int:
+            count = real(fd, views, offset)
+            assert buffer == b"secret"
+            lease._until_ns = 1
+            lease._holder._stop_ms = 1
+            return count
+
+        monkeypatch.setattr("os.preadv", late)
+        with pytest.raises(LeaseExpired):
+            lease.mem().readinto(0, buffer)
+        assert buffer == bytes(6)
+
     def test_a_read_that_the_fence_cut_is_not_zeros(self, world: World, fabric: Fabric) -> None:
         """The memory goes while bytes are copied: the size is looked at after them."""
         with MemBuilder().fabric(fabric).min_bytes(4096).acquire() as lease:
