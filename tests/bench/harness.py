@@ -163,7 +163,7 @@ class Bench:
         measured = {each.name: Measured(each.name) for each in parties}
         result.parties.extend(measured.values())
         if warm_up:
-            for each in parties if number % 2 == 0 else reversed(parties):
+            for each in parties:
                 each.round(max(2, int(count * WARM_UP_SHARE)))
         for number in range(self.rounds):
             self.noise.mark()
