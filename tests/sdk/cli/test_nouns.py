@@ -129,9 +129,16 @@ def test_a_fence_is_listed_probed_and_cleared_only_when_the_slice_is_clean(
 def test_exported_chains_are_verified_without_the_fabric_and_a_changed_byte_is_found(
     ask: Cli, cli: Cli, place: Path
 ) -> None:
+    MemBuilder().min_bytes(4096).where(node="n1").acquire().release()
     exported, keys = place / "chains.jsonl", place / "keys"
-    done = ask("audit", "export", "--out", str(exported), "--keys-out", str(keys))
-    assert done.returncode == 0, done.stderr
+
+    def export() -> bool:
+        """Whether it holds a grant; the ledger sends its records to the collector in batches."""
+        done = ask("audit", "export", "--out", str(exported), "--keys-out", str(keys))
+        assert done.returncode == 0, done.stderr
+        return '"lease.granted"' in exported.read_text()
+
+    eventually(export)
     whole = cli("audit", "verify", str(exported), "--keys", str(keys), "-o", "json")
     assert whole.returncode == 0, whole.stdout
     assert {chain["origin"] for chain in json.loads(whole.stdout)["chains"]} >= {"ledger", "n1"}
