@@ -189,6 +189,15 @@ class LocalFabric:
                 raise failure.of("DEADLINE", why_not_ready(self.layout))
             _clock.sleep_ms(LOOK_MS)
 
+    def wait_replaced(self, name: str, pid: int, timeout_ms: int = READY_MS_MAX) -> int:
+        """Until another process has this name; its process number."""
+        until_ms = _clock.boot_ms() + timeout_ms
+        while (now := self.pids().get(name, pid)) == pid:
+            if _clock.boot_ms() >= until_ms:
+                raise failure.of("DEADLINE", f"{name} (pid {pid}) was not started again")
+            _clock.sleep_ms(LOOK_MS)
+        return now
+
     # harming
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> int:

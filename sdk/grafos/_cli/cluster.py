@@ -65,6 +65,13 @@ def _up(given: argparse.Namespace) -> int:
     launched = launch.launch(layout, wanted)
     try:
         launched.wait_ready(given.wait * 1000)
+    except failure.DeadlineExceeded as late:
+        going_on = "it goes on trying; stop it with `grafos down`"
+        raise failure.of("DEADLINE", f"{late.detail}; {going_on}") from None
+    except KeyboardInterrupt:
+        output.progress("interrupted: stopping what was started")
+        launched.stop()
+        raise
     finally:
         launched.close()
     output.progress(f"memory and blocks are ready after {(boot_ms() - started_ms) / 1000:.1f} s")
@@ -120,18 +127,18 @@ def _where(layout: Layout, found: ClusterDescription) -> str:
 
 def _down(given: argparse.Namespace) -> int:
     layout = settings.the_layout(given)
-    found = running(layout)
+    found = descriptions.supervisor(layout.run)
     if found is None:
         output.progress(f"no fabric runs in {layout.run}: nothing to stop")
         return OK
+    pid, start = found
     from grafos._cluster import launch
 
     started_ms = boot_ms()
-    how = launch.end(found.supervisor_pid, found.supervisor_start, given.timeout * 1000)
+    how = launch.end(pid, start, given.timeout * 1000)
     took = f"{(boot_ms() - started_ms) / 1000:.1f} s"
     output.progress(
-        f"the fabric is {how} (supervisor pid {found.supervisor_pid}, {took}); "
-        f"its state is kept in {layout.state}"
+        f"the fabric is {how} (supervisor pid {pid}, {took}); its state is kept in {layout.state}"
     )
     return OK if how != "killed" else FAILED
 

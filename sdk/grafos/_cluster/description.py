@@ -21,6 +21,8 @@ from grafos_core import failure
 
 VERSION: Final = 1
 FILE_NAME: Final = "cluster.json"
+LOCK_FILE: Final = "supervisor.lock"
+"""Beside it; held by the supervisor, whose number and start time stand in it."""
 BYTES_MAX: Final = 65_536
 
 
@@ -101,6 +103,15 @@ def save(path: Path, description: ClusterDescription) -> None:
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text + "\n")
     os.replace(draft, path)
+
+
+def supervisor(run: Path) -> tuple[int, int] | None:
+    """Number and start time of the supervisor that lives in this run folder, ready or not."""
+    try:
+        pid, start = map(int, (run / LOCK_FILE).read_text("ascii").split())
+    except (OSError, ValueError):
+        return None  # none has ever been here, or it is about to write this
+    return (pid, start) if start_ticks(pid) == start else None
 
 
 def start_ticks(pid: int) -> int | None:

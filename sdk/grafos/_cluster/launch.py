@@ -97,6 +97,12 @@ class Launched:
         said: dict[str, Any] = json.loads(data)
         return said
 
+    def stop(self) -> None:
+        """End it again, ready or not."""
+        start = start_ticks(self.process.pid)
+        if start is not None:
+            end(self.process.pid, start)
+
     def close(self) -> None:
         if self.ready_fd >= 0:
             os.close(self.ready_fd)

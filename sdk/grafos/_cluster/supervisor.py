@@ -53,7 +53,6 @@ STOP_MS_MAX: Final = 8_000
 USAGE_STATUS: Final = 2
 START_DEATHS_MAX: Final = 6
 """In about eight seconds: what a supervisor that was killed has left behind ends in less."""
-LOCK_FILE: Final = "supervisor.lock"
 
 
 @dataclass(slots=True)
@@ -95,6 +94,7 @@ class Supervisor:
         self._started_ms = 0
         self._stopping = ""
         self._was_ready = False
+        self._rotation_due_ms = 0
 
     def run(self) -> int:
         """Until told to stop."""
@@ -206,7 +206,8 @@ class Supervisor:
             if not self._stopping and slot.back_off.take(boot_ms()):
                 slot.restarts += 1
                 self._start(slot)
-        if not events:
+        if now_ms >= self._rotation_due_ms:
+            self._rotation_due_ms = now_ms + TICK_MS
             for name in self._slots:
                 rotate(self._layout.log(name))
             rotate(self._layout.supervisor_log)
@@ -474,12 +475,14 @@ def _still_running(running: Sequence[Child], until_ms: int) -> list[Child]:
 
 
 def _lock(folder: Path) -> int:
-    """Held by its descriptor until we end, however that is."""
+    """Held by its descriptor until we end, however that is; the file says who holds it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    descriptor = os.open(folder / LOCK_FILE, flags, 0o600)
+    descriptor = os.open(folder / descriptions.LOCK_FILE, flags, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise failure.of("PRECONDITION", f"another supervisor uses {folder}") from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()} {descriptions.start_ticks(os.getpid())}\n".encode(), 0)
     return descriptor

@@ -14,8 +14,9 @@ import pytest
 from grafos._cluster import description as descriptions
 from grafos._cluster.launch import Wanted, end, launch
 from grafos._cluster.layout import Layout
+from grafos_core import failure
 from tests.sdk.cli.conftest import Cli
-from tests.sdk.cluster.stand import MODULES
+from tests.sdk.cluster.stand import MODULES, eventually
 
 
 @pytest.fixture
@@ -114,6 +115,28 @@ def test_up_status_and_down_load_neither_grpc_nor_cryptography() -> None:
         env={"PYTHONPATH": ":".join(path for path in sys.path if path)},
     )  # fmt: skip
     assert done.stdout.strip() == "[]"
+
+
+def test_what_is_not_ready_in_time_goes_on_and_is_stopped_by_down(cli: Cli, place: Path) -> None:
+    layout = Layout(place / "state", place / "run")
+    launched = launch(layout, Wanted(modules=MODULES, faults={"audit": "mute"}))
+    with pytest.raises(failure.DeadlineExceeded, match="told to be mute"):
+        launched.wait_ready(3_000)
+    launched.close()
+    assert cli("up").returncode == 1
+    done = cli("down")
+    assert (done.returncode, "is stopped" in done.stderr) == (0, True)
+    launched.process.wait(10)
+
+
+def test_a_fabric_that_is_only_starting_is_stopped_too(cli: Cli, place: Path) -> None:
+    layout = Layout(place / "state", place / "run")
+    launched = launch(layout, Wanted(modules=MODULES))
+    eventually(lambda: descriptions.supervisor(layout.run))
+    done = cli("down")
+    assert (done.returncode, "is stopped" in done.stderr) == (0, True), done.stderr
+    launched.process.wait(10)
+    launched.close()
 
 
 def test_a_machine_joins_once_with_its_token(cli: Cli, place: Path) -> None:

@@ -38,6 +38,14 @@ def test_every_process_of_an_agent_has_a_name(fabric: LocalFabric) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["node-n1/front", "node-n1/warden"])
+def test_an_agent_replaces_its_own_processes_when_they_die(fabric: LocalFabric, name: str) -> None:
+    fabric.wait_replaced(name, fabric.kill(name))
+    fabric.wait_ready()
+    with MemBuilder().min_bytes(4096).where(node="n1").wait(10).acquire() as lease:
+        lease.mem().write(0, b"on")
+
+
 def test_a_killed_agent_comes_back_as_the_same_node_and_its_leases_are_over(
     fabric: LocalFabric,
 ) -> None:
