@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from grafos._block import BlockBuilder, BlockLease, FabricBlock
 from grafos._lease import Lease, LeaseStatus
 from grafos._memory import FabricMem, MemBuilder, MemLease
+from grafos._notice import Notice
 from grafos._receipt import TeardownReceipt
-from grafos._session import Notice
 from grafos_core.failure import (
     DeadlineExceeded,
     Degraded,

@@ -28,9 +28,9 @@ from grafos._calls import Peer, new_request_id
 from grafos._cluster import description
 from grafos._lease import LIVE, Grip, Lease, duration_ms
 from grafos._node import NodeLine
+from grafos._notice import Notice
 from grafos._pulse import Pulse
 from grafos._receipt import TeardownReceipt, from_slip
-from grafos._session import Notice
 from grafos_core import failure, lease
 from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
 from grafos_core.holder import HolderLease
@@ -290,10 +290,8 @@ class Fabric:
     def _told(self, notice: Notice) -> None:
         """A session passes on a notice; from whichever thread."""
         concerned = self._leases.get(notice.lease_id)
-        if concerned is None:
-            return
-        concerned._noticed(notice)
-        self._queue_notice(notice)
+        if concerned is not None and concerned._noticed(notice):
+            self._queue_notice(notice)
 
     def _bind(self, verb: str, answer: Any, request: Request, made: type[L]) -> L:
         granted = answer.lease

@@ -18,7 +18,6 @@ each at once: an operation compares one before and the other after. Ending the l
 from __future__ import annotations
 
 import enum
-import logging
 import threading
 import warnings
 import weakref
@@ -29,17 +28,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Self
 
 from grafos import _clock, observe
 from grafos._clock import NS_PER_MS, boot_ns
+from grafos._notice import Notice
 from grafos._receipt import TeardownReceipt
-from grafos._session import Notice
 from grafos_core import failure
 from grafos_core.failure import Degraded, Disconnected, FabricError, Failure, Fenced
-from grafos_core.holder import Belief, HolderLease
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from grafos._connection import Fabric
     from grafos._node import NodeLine
+    from grafos_core.holder import HolderLease
 
 LOOK_NS: Final = 10 * NS_PER_MS
 """An operation looks for news of its lease this often; the fence itself needs no news."""
@@ -56,7 +55,6 @@ _ADVICE: Final = {
     Failure.RateLimited: "retry after a while",
     Failure.InternalError: "report the incident id",
 }
-_log = logging.getLogger("grafos")
 
 
 class LeaseStatus(enum.StrEnum):
@@ -180,10 +178,10 @@ class Lease:
         if end is not None:
             return _status_of(end)
         with self._lock:
-            belief = self._holder.belief(_clock.boot_ms())
-        if belief is Belief.OVER:
+            belief = self._holder.belief(_clock.boot_ms()).value
+        if belief == "over":
             return LeaseStatus.EXPIRED
-        lost = belief is Belief.JEOPARDY or self._told_lost
+        lost = belief == "jeopardy" or self._told_lost
         return LeaseStatus.JEOPARDY if lost else LeaseStatus.ACTIVE
 
     def on_notice(self, callback: Callable[[Notice], None]) -> None:
@@ -420,19 +418,24 @@ class Lease:
     def _let_go(self) -> None:
         """Forget descriptors; called under the lock. Idempotent."""
 
-    def _noticed(self, notice: Notice) -> None:
-        """The node has told something about this lease."""
+    def _noticed(self, notice: Notice) -> bool:
+        """The node has told something about this lease; whether it is news. An end is told once."""
+        if self._end is not None:
+            return False
         ends = _ENDS.get(notice.kind)
         if ends is not None:
             self._finish(notice.failure or failure.of(ends, notice.reason))
-        self._check_ns = 0
+        return True
 
     def _deliver(self, notice: Notice) -> None:
         for callback in list(self._callbacks):
             try:
                 callback(notice)
             except Exception:
-                _log.exception("a callback for lease %s failed", self.lease_id)
+                import logging  # slow to load, and rarely needed
+
+                log = logging.getLogger("grafos")
+                log.exception("a callback for lease %s failed", self.lease_id)
 
     def _renew_due(self) -> bool:
         with self._lock:
@@ -447,7 +450,8 @@ class Lease:
         with self._line:
             self._look()
             try:
-                self._renew_once(ttl_ms, max(1, min(timeout_ms, self.remaining_ms())))
+                # Half of what is left: whoever must hear of jeopardy needs the other half to act.
+                self._renew_once(ttl_ms, max(1, min(timeout_ms, self.remaining_ms() // 2)))
             except FabricError as refused:
                 self._renewal_failed(refused)
                 raise self._jeopardy_or(refused) from refused

@@ -15,7 +15,8 @@ from typing import Any, Final
 
 from grafos import _clock
 from grafos._calls import Peer, new_request_id
-from grafos._session import LocalSession, Notice, Session, StreamSession
+from grafos._notice import Notice
+from grafos._session import LocalSession, Session, StreamSession
 from grafos_core import failure
 from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
 from grafos_core.spiffe import Identity, Role

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from grafos_core import failure, jws, receipt
+from grafos_core import failure
+
+if TYPE_CHECKING:
+    from grafos_core.jws import Keys as CoreKeys
 
 NO_RECEIPT: Final = "unknown"
 """The outcome where the node could not be asked."""
@@ -32,9 +35,6 @@ class VerificationKey(Protocol):
 
     @property
     def public_key(self) -> bytes: ...
-
-
-Keys = jws.Keys | Iterable[VerificationKey]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,14 @@ class TeardownReceipt:
     signed: str = field(default="", repr=False)
     """The slip as the node signed it; empty where no receipt came."""
 
-    def verify(self, keys: Keys) -> TeardownReceipt:
+    def verify(self, keys: CoreKeys | Iterable[VerificationKey]) -> TeardownReceipt:
         """This receipt, if it is signed by a key of the node and incarnation that it speaks of.
 
         Raises:
             Denied: code RECEIPT; there is no signature, or it proves something else.
         """
+        from grafos_core import jws, receipt  # for those who verify; slow to load
+
         if not self.signed:
             raise failure.of("RECEIPT", "no receipt came", lease_id=self.lease_id, epoch=self.epoch)
         if from_slip(self.signed, credited=self.credited) != self:
@@ -84,6 +86,8 @@ class TeardownReceipt:
 
 def from_slip(text: str, *, credited: bool) -> TeardownReceipt:
     """What a slip says, not verified yet."""
+    from grafos_core import jws, receipt
+
     parts = jws.as_ascii(text).split(b".")
     if len(parts) != 3:
         raise failure.of("RECEIPT", "not a receipt")
@@ -107,7 +111,9 @@ def from_slip(text: str, *, credited: bool) -> TeardownReceipt:
     )
 
 
-def _keys(published: Iterable[VerificationKey]) -> jws.Keys:
+def _keys(published: Iterable[VerificationKey]) -> CoreKeys:
+    from grafos_core import jws
+
     keys = jws.Keys()
     for each in published:
         if each.use == "receipt":

@@ -19,10 +19,10 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from grafos import _clock
+from grafos._notice import Notice, Tell
 from grafos_core import failure
 from grafos_core.failure import FabricError
 
@@ -32,23 +32,6 @@ EXCHANGE_MS_MAX: Final = 3_000
 """For one hand-over; the desk asks control, which answers in about a millisecond."""
 PACKETS_PER_POLL_MAX: Final = 256
 RECONNECT_MS_MIN, RECONNECT_MS_MAX = 50, 1_000
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """What a holder is told about one of its leases without having asked."""
-
-    lease_id: str
-    kind: str
-    """`degraded`, `revoke_warning`, `revoked`, `expired`, `fenced` or `released`."""
-    reason: str = ""
-    grace_ms: int = 0
-    """With `revoke_warning`: how long the lease still works."""
-    failure: FabricError | None = None
-    """What the next use raises, if this notice is the end; else what is wrong."""
-
-
-Tell = Callable[[Notice], None]
 
 
 class Session(Protocol):

@@ -22,7 +22,6 @@ import functools
 import inspect
 import json
 import re
-import secrets
 import sys
 import threading
 from bisect import bisect_left
@@ -260,6 +259,8 @@ def current_traceparent() -> str:
 def traceparent_scope(header: str) -> Generator[str, None, None]:
     """Work on behalf of whoever sent `header`; one that is not well formed begins a new trace."""
     if not _TRACEPARENT.fullmatch(header):
+        import secrets  # loads OpenSSL
+
         header = f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"
     before = _trace.get()
     _trace.set(header)

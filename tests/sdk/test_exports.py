@@ -146,7 +146,8 @@ def test_an_unknown_name_is_no_attribute() -> None:
 def test_importing_the_package_loads_neither_grpc_nor_the_supervisor() -> None:
     script = (
         "import sys, grafos, grafos.leasekit, grafos.fence, grafos.observe\n"
-        "heavy = {'grpc', 'google.protobuf', 'asyncio', 'opentelemetry', 'cryptography'}\n"
+        "heavy = {'grpc', 'google.protobuf', 'asyncio', 'opentelemetry', 'cryptography', 'ssl'}\n"
+        "heavy |= {'socket', 'logging', 'grafos._connection', 'grafos._local'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     path = [each for each in sys.path if each]

@@ -251,7 +251,7 @@ class TestBlocks:
 
 class TestRenewal:
     def test_only_the_nodes_answer_moves_the_deadline(self, world: World, fabric: Fabric) -> None:
-        with take(fabric, 5) as lease:
+        with take(fabric, 2) as lease:
             before_ms = lease.remaining_ms()
 
             def silent(op: str) -> None:
@@ -263,6 +263,7 @@ class TestRenewal:
                 lease.renew(60)
             assert jeopardy.value.code == "JEOPARDY"
             assert jeopardy.value.lease_id == lease.lease_id
+            assert lease.remaining_ms() > 300, "there is time left to save what can be saved"
             assert len(world.admission.requests("Renew")) == 1, "the ledger has renewed it"
             assert lease.remaining_ms() <= before_ms
             assert lease.status == "jeopardy"
@@ -342,6 +343,22 @@ class TestLoss:
         assert not lease.valid
         with pytest.raises(LeaseExpired):
             lease.mem().read(0, 1)
+
+    def test_each_end_is_told_once_though_clock_and_node_both_know(
+        self, world: World, fabric: Fabric
+    ) -> None:
+        heard: list[Notice] = []
+        ended, released = take(fabric, 1), take(fabric)
+        for lease in (ended, released):
+            lease.on_notice(heard.append)
+        released.release()
+        world.control.tell(released.lease_id, "released")
+        eventually(lambda: polled(fabric) and heard)
+        eventually(lambda: world.book.grants[ended.lease_id].cause)
+        for _ in range(20):
+            fabric.poll()
+            elapse(ended, 10)
+        assert [(each.lease_id, each.kind) for each in heard] == [(ended.lease_id, "expired")]
 
     def test_a_lease_runs_out_without_a_word_from_anybody(
         self, world: World, fabric: Fabric
