@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from grafos import _clock
+from grafos._cluster.description import start_ticks
 from grafos._cluster.layout import shown_size
 from grafos._cluster.programs import environment
 from grafos._local import LocalFabric
@@ -34,8 +35,9 @@ NODE_BYTES: Final = 128 * MIB
 KILLED_BYTES: Final = 64 * MIB
 LOOK_MS: Final = 1
 WAIT_MS_MAX: Final = 15_000
-BACK_MS_MAX: Final = 100
-"""Within which memory must be back after whoever held it was killed."""
+BACK_MS_MAX: Final = 500
+"""Within which memory must be back, whatever else this machine does meanwhile. How fast it really
+is, the demonstration prints; what to expect, the measurements of `make bench` say."""
 BROKEN: Final = "memory.erase:EIO"
 _ASSURANCES: Final = {
     "freed": "freed: nobody else ever had a descriptor",
@@ -498,6 +500,10 @@ def main() -> int:
         took_s = (_clock.boot_ms() - started_ms) / 1000
         print(f"Memory and blocks are ready after {took_s:.1f} s.", flush=True)
         Demo(fabric, teller).run()
+        pids = fabric.pids()
+    left = sorted(name for name, pid in pids.items() if start_ticks(pid) is not None)
+    if left or fabric.layout.state.parent.exists():
+        teller.check(False, f"left behind are processes or files: {', '.join(left) or 'files'}")
     took_s = (_clock.boot_ms() - started_ms) / 1000
     if teller.faults:
         print(f"\n{teller.faults} thing(s) were NOT as they should be. ({took_s:.1f} s)")
