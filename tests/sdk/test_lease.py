@@ -251,7 +251,7 @@ class TestBlocks:
 
 class TestRenewal:
     def test_only_the_nodes_answer_moves_the_deadline(self, world: World, fabric: Fabric) -> None:
-        with take(fabric, 2) as lease:
+        with take(fabric, 4) as lease:
             before_ms = lease.remaining_ms()
 
             def silent(op: str) -> None:
@@ -263,7 +263,8 @@ class TestRenewal:
                 lease.renew(60)
             assert jeopardy.value.code == "JEOPARDY"
             assert jeopardy.value.lease_id == lease.lease_id
-            assert lease.remaining_ms() > 300, "there is time left to save what can be saved"
+            left = lease.remaining_ms() / before_ms
+            assert left > 0.4, "there is time to save what can be saved"
             assert len(world.admission.requests("Renew")) == 1, "the ledger has renewed it"
             assert lease.remaining_ms() <= before_ms
             assert lease.status == "jeopardy"
