@@ -26,6 +26,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -445,7 +446,8 @@ class Supervisor:
                 slot.last_status = ended.reap()
 
     def _say(self, event: str, **fields: Any) -> None:
-        line = {"time_ms": wall_ms(), "service": "supervisor", "event": event, **fields}
+        now = datetime.fromtimestamp(wall_ms() / 1000, UTC).isoformat(timespec="milliseconds")
+        line = {"time": now, "level": "info", "service": "supervisor", "event": event, **fields}
         try:
             sys.stderr.write(json.dumps(line) + "\n")
             sys.stderr.flush()
