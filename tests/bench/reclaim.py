@@ -33,7 +33,7 @@ FABRIC_BYTES: Final = 1 << 30
 WAVE: Final = 8
 """Leases that live at a time before their deadlines."""
 WAVES, WAVES_QUICK = 5, 1
-EPISODES, EPISODES_QUICK = 10, 2
+EPISODES, EPISODES_QUICK = 11, 3
 TTL_MS_FIRST, TTL_MS_STEP = 1_800, 137
 TTL_MS_LONG: Final = 120_000
 GONE_S_MAX: Final = 15.0
@@ -148,8 +148,8 @@ def killed_holders(bench: Bench, stand: Stand, measured: Measured) -> None:
 
 
 def episodes(bench: Bench) -> Sequence[int]:
-    """How many leases are held in each: one and four in turn."""
-    return [1, 4] * ((EPISODES_QUICK if bench.quick else EPISODES) // 2)
+    """How many leases are held in each: one and four in turn, so that the first is as the last."""
+    return [4 if number % 2 else 1 for number in range(EPISODES_QUICK if bench.quick else EPISODES)]
 
 
 def await_successor(local: LocalFabric, pid: int) -> None:
