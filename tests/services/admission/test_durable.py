@@ -132,7 +132,7 @@ def test_while_the_ledger_is_away_every_call_ends_typed_and_in_time(
     """And admission says so at its readiness, and recovers by itself."""
     web = fabric.holder()
     lease = web.acquire().lease
-    assert is_open(fabric)
+    eventually(lambda: is_open(fabric))
     fabric.ledger.process.send_signal(how)
 
     def timed(method: str, request: Any) -> tuple[FabricError, float]:
@@ -146,6 +146,8 @@ def test_while_the_ledger_is_away_every_call_ends_typed_and_in_time(
             assert took_s < 2.6
     eventually(lambda: not is_open(fabric))
     assert fabric.admission.process.poll() is None
+    if how is signal.SIGSTOP:  # silent for 5 s: no evidence that admission has can be fresh
+        assert web.denied(timeout_s=5).code == "NODE_NOT_READY"
     if how is signal.SIGKILL:
         fabric.ledger.process.wait(5)
         fabric.start_ledger()
@@ -164,7 +166,7 @@ def test_refusals_while_the_ledger_is_away_are_on_the_record_when_it_is_back(
     names = [f"while-away-{n}" for n in range(5)]
     for name in names:
         web.denied(request_id=name, where={"node": "nowhere"}, timeout_s=1)
-    eventually(lambda: not is_open(fabric))
+    threading.Event().wait(4)  # beyond the retries of whoever wanted to hand them in
     fabric.start_ledger()
 
     def recorded() -> bool:
@@ -176,6 +178,7 @@ def test_refusals_while_the_ledger_is_away_are_on_the_record_when_it_is_back(
 
 def test_a_ledger_without_our_key_is_given_it_again(fabric: Fabric, node: PaperNode) -> None:
     """As after a restored backup: nodes would refuse every token."""
+    eventually(lambda: is_open(fabric, "key"))
     fabric.ledger.stop()
     for file in fabric.folder.glob("ledger/events/*"):
         file.unlink()
