@@ -139,9 +139,7 @@ class Episode:
             self._threads.append(thread)
             thread.start()
         for number in range(2):
-            self._holders.append(
-                HolderProcess(self._fabric, f"{seed}/holder-{number}", self._note)
-            )
+            self._holders.append(HolderProcess(self._fabric, f"{seed}/holder-{number}", self._note))
 
     def _note(self, note: Note) -> None:
         with self._lock:
@@ -295,7 +293,7 @@ class Episode:
         with to_cluster(self._fabric.description) as newcomer:
             for node in self._fabric.description.nodes:
                 for builder in (MemBuilder().min_bytes(4096), BlockBuilder().min_blocks(1)):
-                    asked = builder.where(node=node.node_id).wait(10).fabric(newcomer)  # type: ignore[attr-defined]
+                    asked = builder.where(node=node.node_id).wait(10).fabric(newcomer)
                     try:
                         receipt = asked.acquire().release()
                     except FabricError as refused:
@@ -314,13 +312,14 @@ class HolderProcess:
         self._held: dict[str, Told] = {}
         self._busy = threading.Event()
         self._killed = self._eased = False
+        paths = os.pathsep.join(filter(None, sys.path))
         words = [sys.executable, "-m", "tests.chaos.holder", str(fabric.layout.description), seed]
         self._process = subprocess.Popen(
             [*words, "2"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=environment(os.environ, "") | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=environment(os.environ, "") | {"PYTHONPATH": paths},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

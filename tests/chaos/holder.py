@@ -1,8 +1,9 @@
 """A holder in a process of its own, to be killed: `python -m tests.chaos.holder`.
 
 It loads the fabric whose `cluster.json` is named, with as many threads as asked for, until its
-standard input ends; a line on it means to take it easier from now on. Each note goes to standard output as one line before the next operation begins,
-so that whoever kills it still knows everything it was told.
+standard input ends; a line on it means to take it easier from now on. Each note goes to standard
+output as one line before the next operation begins, so that whoever kills it still knows everything
+it was told.
 """
 
 from __future__ import annotations

@@ -236,7 +236,12 @@ class Worker:
 
     def _detach(self, held: Held) -> bool:
         lease = held.lease
-        if self._try("detach", lambda: lease.detach() or True) is None:
+
+        def detach() -> bool:
+            lease.detach()
+            return True
+
+        if not self._try("detach", detach):
             return False
         self._handed_on.put(
             HandedOn(lease.lease_id, lease.kind, held.places, held.number, held.may_be)

@@ -227,7 +227,9 @@ class Onlooker:
         found: dict[str, list[Record]] = {}
         for record in records_of(lines):
             found.setdefault(record.origin, []).append(record)
-        return found, [f"law 9, line {line} of the export: {what}" for line, what in report.problems]
+        return found, [
+            f"law 9, line {line} of the export: {what}" for line, what in report.problems
+        ]
 
     # the machine
 

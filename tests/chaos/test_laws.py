@@ -31,10 +31,11 @@ from tests.chaos.laws import (
 
 INCARNATION = "1" * 32
 ONE, TWO = "a" * 32, "b" * 32
+Event = tuple[str, str, int, dict[str, Any]]
 TOTALS = {("n1", "block"): 16, ("n1", "mem"): 8192}
 
 
-def written(origin: str, *events: tuple[str, str, int, dict[str, Any]]) -> list[Record]:
+def written(origin: str, *events: Event) -> list[Record]:
     chain = Chain(origin, INCARNATION, 1)
     return [
         chain.append(kind, wall_ms=n, boottime_ns=n, lease_id=lease_id, epoch=epoch, body=body)
@@ -42,13 +43,13 @@ def written(origin: str, *events: tuple[str, str, int, dict[str, Any]]) -> list[
     ]
 
 
-def registered() -> tuple[str, str, int, dict[str, Any]]:
+def registered() -> Event:
     return "node.registered", "", 0, {"node_id": "n1", "totals": {"block": 16, "mem": 8192}}
 
 
 def granted(
     lease_id: str, epoch: int, *, offset: int = 0, amount: int = 8, kind: str = "block"
-) -> tuple[str, str, int, dict[str, Any]]:
+) -> Event:
     body = {
         "node_id": "n1", "incarnation": INCARNATION, "kind": kind, "amount": amount,
         "extent_offset": offset, "generation": 1,
@@ -56,21 +57,19 @@ def granted(
     return "lease.granted", lease_id, epoch, body
 
 
-def bound(lease_id: str, epoch: int, *, offset: int = 0) -> tuple[str, str, int, dict[str, Any]]:
+def bound(lease_id: str, epoch: int, *, offset: int = 0) -> Event:
     body = {"kind": "block", "amount": 8, "extent_offset": offset, "generation": 1}
     return "agent.bound", lease_id, epoch, body
 
 
-def released(proof: Record) -> tuple[str, str, int, dict[str, Any]]:
+def released(proof: Record) -> Event:
     body = {"record_number": proof.number, "record_hash": proof.hash.hex()}
     return "lease.released", proof.lease_id, proof.epoch, body
 
 
 def honest() -> Scene:
     """One lease that came and went, one that lives beside where it was."""
-    node = written(
-        "n1", bound(ONE, 1), ("agent.teardown_end", ONE, 1, {}), bound(TWO, 2, offset=4)
-    )
+    node = written("n1", bound(ONE, 1), ("agent.teardown_end", ONE, 1, {}), bound(TWO, 2, offset=4))
     ledger = written(
         "ledger", registered(), granted(ONE, 1), released(node[1]), granted(TWO, 2, offset=4)
     )
@@ -133,7 +132,7 @@ def test_a_block_granted_before_it_came_back_is_found_in_the_history() -> None:
 
 
 def test_a_node_that_binds_before_its_teardown_is_sealed_is_found() -> None:
-    torn_down = ("agent.teardown_end", ONE, 1, {})
+    torn_down: Event = ("agent.teardown_end", ONE, 1, {})
     good = written("n1", bound(ONE, 1), torn_down, bound(TWO, 2))
     assert node_history_exclusive("n1", good, TOTALS) == []
     bad = written("n1", bound(ONE, 1), bound(TWO, 2), torn_down)
@@ -141,9 +140,9 @@ def test_a_node_that_binds_before_its_teardown_is_sealed_is_found() -> None:
 
 
 def test_a_fenced_slice_stays_taken_in_the_history() -> None:
-    fenced = ("agent.fenced", ONE, 1, {})
+    fenced: Event = ("agent.fenced", ONE, 1, {})
     assert node_history_exclusive("n1", written("n1", bound(ONE, 1), fenced, bound(TWO, 2)), TOTALS)
-    cleared = ("agent.cleared", ONE, 1, {})
+    cleared: Event = ("agent.cleared", ONE, 1, {})
     good = written("n1", bound(ONE, 1), fenced, cleared, bound(TWO, 2))
     assert node_history_exclusive("n1", good, TOTALS) == []
 

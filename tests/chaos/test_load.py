@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from grafos import MemBuilder
+from grafos._memory import MemLease
 from grafos_core import failure
 from tests.chaos.episode import kill_together
 from tests.chaos.load import Held, Journal, Note, Worker, pattern
@@ -18,10 +18,10 @@ from tests.chaos.machine import alive_of, left_behind
 LEASE = "ab" * 16
 
 
-class Memory(MemBuilder.lease_class):  # type: ignore[misc, name-defined]
+class Memory(MemLease):
     """Bytes of our own in the place of a lease's, to be spoiled."""
 
-    lease_id, epoch, kind = LEASE, 7, "mem"
+    lease_id, epoch = LEASE, 7
 
     def __init__(self) -> None:
         self.bytes = bytearray(4096)
@@ -57,7 +57,10 @@ def test_own_bytes_are_right(held: Held) -> None:
     assert held.read(3) == held.read(4) == ""
 
 
-@pytest.mark.parametrize("lease_id,epoch,place", [("cd" * 16, 7, 3), (LEASE, 6, 3), (LEASE, 7, 4)])
+@pytest.mark.parametrize(
+    ("lease_id", "epoch", "place"),
+    [("cd" * 16, 7, 3), (LEASE, 6, 3), (LEASE, 7, 4)],
+)
 def test_bytes_of_another_lease_epoch_or_place_are_noticed(
     held: Held, memory: Memory, lease_id: str, epoch: int, place: int
 ) -> None:
