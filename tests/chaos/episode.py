@@ -3,6 +3,9 @@
     load runs ─► so many operations ─► SIGKILL ─► load runs on, all is up again ─► load ends
               ─► what still lives is ended ─► everything is looked at from outside ─► laws
 
+While an agent is dead one of the holders is stopped, so that it cannot help: whatever it had open
+it still has open when the next agent comes.
+
 Rules. The seed draws the moment and the load; the victim is drawn from it, too, or given. Moments
 are counted in operations, so that a slow machine kills in the middle of the work as a fast one
 does. An episode with fewer than 200 operations proves nothing and is a failed one. Every wait has
@@ -54,7 +57,8 @@ AFTER_MIN: Final = 60
 BUSY_S_MAX: Final = 60.0
 READY_S_MAX: Final = 30.0
 SETTLE_S_MAX: Final = 20.0
-HOLDER_GONE_S_MAX: Final = 5.0
+HOLDER_GONE_S_MAX: Final = 2.5
+"""Half of what a lost connection has, to return: a death is seen as one."""
 JOIN_S_MAX: Final = 40.0
 UNKNOWABLE: Final = "processes of other users may still have it"
 """Agent and warden are dead, and a process that may have the memory cannot be looked into."""
@@ -174,6 +178,9 @@ class Episode:
         if self.report.victim == "holder":
             self._kill_holder()
             return
+        if self.report.victim.startswith("agent"):
+            self._holders[1].wait_busy()
+            self._holders[1].pause()  # it hears nothing, and lets go of nothing by itself
         found = self._fabric.pids()
         missing = [name for name in VICTIMS[self.report.victim] if name not in found]
         if missing:
@@ -210,6 +217,7 @@ class Episode:
             self._glance(onlooker)
             time.sleep(GLANCE_S)
         self._glance(onlooker)
+        self._holders[1].resume()
         self._wait_operations(enough)
 
     def _ease(self) -> None:
@@ -237,6 +245,7 @@ class Episode:
             books = onlooker.books()
             totals = {(book.node_id, book.kind): book.total for book in books}
             wrong = conserved(books) + exclusive("the nodes", onlooker.node_slices(), totals)
+            wrong += onlooker.outliving()
         except FabricError:
             return  # somebody is dead just now
         self.report.glances += 1
@@ -335,8 +344,6 @@ class HolderProcess:
                 return
             what, text, told = json.loads(line)
             note = Note(what, text, None if told is None else Told(**told))
-            if note.what == "done" and note.text == "detach":
-                self._held.clear()  # one of them lives on, and it does not say which
             if note.told is not None:
                 self._remember(note.told)
                 self._busy.set()
@@ -345,7 +352,7 @@ class HolderProcess:
     def _remember(self, told: Told) -> None:
         if told.verb == "acquire":
             self._held[told.lease_id] = told
-        elif told.verb in ("release", "attach"):
+        elif told.verb in ("release", "detach"):
             self._held.pop(told.lease_id, None)
 
     def wait_busy(self) -> None:
@@ -362,6 +369,13 @@ class HolderProcess:
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         self._process.stdin.flush()
+
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        if not self._killed:
+            self._process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         assert self._process.stdin is not None

@@ -9,7 +9,7 @@ chains, so they tell of every instant and not only of those at which somebody lo
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
@@ -71,7 +71,7 @@ class Told:
     """What a service has told a holder, and must therefore be on disk."""
 
     verb: str
-    """`acquire`, `attach`, `renew`, `release`."""
+    """`acquire`, `attach`, `renew`, `release`; `detach`: it is about to be asked for."""
     lease_id: str
     node_id: str
     epoch: int
@@ -210,6 +210,16 @@ def memories_belong(memories: Iterable[MemorySeen], node_held: Iterable[Slice]) 
         f"law 1: process {each.pid} has {each.size_bytes} bytes of the ended lease {each.lease_id}"
         for each in memories
         if each.size_bytes and each.lease_id not in alive
+    ]
+
+
+def memories_are_gone(memories: Iterable[MemorySeen], given_back: Collection[str]) -> Wrong:
+    """Of a lease that was known to be given back before the look, nobody has any byte."""
+    return [
+        f"law 1: process {each.pid} still has {each.size_bytes} bytes of {each.lease_id}, "
+        "which was given back"
+        for each in memories
+        if each.size_bytes and each.lease_id in given_back
     ]
 
 

@@ -33,7 +33,11 @@ OPERATION_S_MAX: Final = 30.0
 """Beyond this it counts as hung: ten seconds is the longest deadline of a single call."""
 PAUSE_S: Final = 0.02
 EASY_PAUSE_S: Final = 0.25
-NO_ROOM: Final = frozenset({"NO_CAPACITY", "NO_EXTENT", "QUOTA"})
+LONG_S: Final = 30
+LONG_NODE: Final = "n1"
+"""Whose agent is the one that dies."""
+NOTHING_DONE: Final = frozenset({"NO_CAPACITY", "NO_EXTENT", "QUOTA", "NODE_NOT_READY"})
+"""Refused by a look at a table; not counted as operations."""
 
 
 @dataclass(slots=True)
@@ -124,13 +128,18 @@ class HandedOn:
 
 
 class Worker:
-    """Leases, uses and gives back, over and over, until it is told to stop."""
+    """Leases, uses and gives back, over and over, until it is told to stop.
+
+    Beside the short leases it has a long one, for as long as that lives: so whatever dies,
+    something is held while it is dead, and used again when its successor is there.
+    """
 
     def __init__(
         self, fabric: Fabric, journal: Journal, seed: str, handed_on: queue.Queue[HandedOn]
     ) -> None:
         self._fabric, self._journal, self._handed_on = fabric, journal, handed_on
         self._dice = random.Random(seed)
+        self._long: Held | None = None
         self._stop, self._easy = threading.Event(), threading.Event()
 
     def ease(self) -> None:
@@ -148,8 +157,11 @@ class Worker:
                 self._cycle()
             except Exception as surprise:  # whatever it is, it has no type that users could catch
                 self._journal.wrong(f"untyped: {type(surprise).__name__}: {surprise}")
+        if self._long is not None:
+            self._release(self._long)
 
     def _cycle(self) -> None:
+        self._use_long()
         held = self._attach() if self._dice.random() < 0.5 else None
         held = held or self._acquire()
         if held is None:
@@ -160,6 +172,22 @@ class Worker:
                 break
         self._part_with(held)
 
+    def _use_long(self) -> None:
+        held = self._long
+        if held is None:
+            builder = (
+                MemBuilder().min_bytes(4096)
+                if self._dice.random() < 0.7
+                else BlockBuilder().min_blocks(1)
+            )
+            self._long = self._taken(builder.where(node=LONG_NODE).lease_secs(LONG_S), places=1)
+        elif held.lease.valid:
+            self._try("write", lambda: held.write(0))
+            self._read(held, 0)
+        else:
+            self._release(held)
+            self._long = None
+
     def _acquire(self) -> Held | None:
         dice = self._dice
         builder: Any
@@ -169,13 +197,16 @@ class Worker:
         else:
             places = dice.choice((1, 2, 8, 32))
             builder = BlockBuilder().min_blocks(places)
-        builder = builder.lease_secs(dice.choice((2, 5, 20))).fabric(self._fabric)
-        lease = self._try("acquire", builder.acquire)
+        return self._taken(builder.lease_secs(dice.choice((2, 5, 20))), places)
+
+    def _taken(self, builder: Any, places: int) -> Held | None:
+        """A new lease, whose bytes must all be zeros."""
+        lease = self._try("acquire", builder.fabric(self._fabric).acquire)
         if lease is None:
             return None
         self._tell("acquire", lease)
         held = Held(lease, places)
-        for place in {0, dice.randrange(places), places - 1}:
+        for place in {0, self._dice.randrange(places), places - 1}:
             self._read(held, place)
         return held
 
@@ -222,6 +253,9 @@ class Worker:
                 del held.lease  # nobody holds it: given back at the next call
             self._journal.done("forget")
             return
+        self._release(held)
+
+    def _release(self, held: Held) -> None:
         receipt = self._try("release", held.lease.release)
         if receipt is None:
             return
@@ -241,6 +275,7 @@ class Worker:
             lease.detach()
             return True
 
+        self._tell("detach", lease)
         if not self._try("detach", detach):
             return False
         self._handed_on.put(
@@ -260,7 +295,7 @@ class Worker:
             self._journal.wrong(f"{verb}: internal error: {broken}")
             return None
         except FabricError as refused:
-            if refused.code not in NO_ROOM:
+            if refused.code not in NOTHING_DONE:
                 self._journal.failed(verb, refused)
             return None
         finally:

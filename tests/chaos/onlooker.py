@@ -39,7 +39,7 @@ from grafos_proto.v1 import (
 )
 from grafos_proto.wire import certificates, failures
 from grafos_proto.wire.identity import request_identity
-from tests.chaos.laws import Book, MemorySeen, Scene, Slice, Told
+from tests.chaos.laws import Book, MemorySeen, Scene, Slice, Told, memories_are_gone
 
 ANSWER_MS: Final = 10_000
 LOOK_S: Final = 0.05
@@ -100,7 +100,7 @@ class Onlooker:
         return books_of(self.snapshot())
 
     def leases(self) -> list[lease_pb2.Lease]:
-        """Every lease that the ledger remembers."""
+        """Every lease that is charged to a node: all but those that were given back."""
         found: list[lease_pb2.Lease] = []
         after = ""
         while True:
@@ -237,6 +237,12 @@ class Onlooker:
         """Every memory of this fabric's leases that any process has open."""
         ours = {node.incarnation for node in self.snapshot().nodes}
         return [each for each in open_memories() if each.incarnation in ours]
+
+    def outliving(self) -> list[str]:
+        """Memories that are still there though the ledger has given their capacity to others."""
+        before = {each.lease_id for each in self.memories() if each.size_bytes}
+        given_back = before - {each.lease_id for each in self.leases()}
+        return memories_are_gone(self.memories(), given_back)
 
     # all of it
 

@@ -22,6 +22,7 @@ from tests.chaos.laws import (
     free_is_free,
     history_exclusive,
     linked,
+    memories_are_gone,
     memories_belong,
     node_history_exclusive,
     proved_back,
@@ -122,6 +123,13 @@ def test_memory_is_an_amount_and_may_not_exceed_the_whole() -> None:
 
 def test_a_memory_that_was_cut_to_nothing_may_stay_open() -> None:
     assert memories_belong([MemorySeen(1, INCARNATION, ONE, 0)], []) == []
+    assert memories_are_gone([MemorySeen(1, INCARNATION, ONE, 0)], {ONE}) == []
+
+
+def test_bytes_of_a_lease_that_was_given_back_are_found() -> None:
+    seen = [MemorySeen(1, INCARNATION, ONE, 4096)]
+    assert memories_are_gone(seen, {TWO}) == []
+    assert memories_are_gone(seen, {ONE})
 
 
 def test_a_block_granted_before_it_came_back_is_found_in_the_history() -> None:

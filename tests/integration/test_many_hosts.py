@@ -124,12 +124,7 @@ def cut_off_and_healed(town: Town, holder: Visitor, operator: Visitor) -> None:
     for lease_id in lost.values():  # nothing is free because time has passed
         assert operator("ledger", endpoint=ledger, lease_id=lease_id) == "LEASE_STATE_ENDING"
     town.heal("n1")
-    for lease_id in lost.values():
-        assert eventually(
-            lambda each=lease_id: (
-                operator("ledger", endpoint=ledger, lease_id=each) == "LEASE_STATE_RELEASED"
-            )
-        )
+    assert eventually(lambda: all(_is_released(operator, ledger, each) for each in lost.values()))
     use_and_give_back(holder, "mem", "n1", "rpc")
     assert holder("read", lease_id=kept, length=14) == "before the cut"
     assert holder("release", lease_id=kept)["credited"] is True
@@ -143,3 +138,8 @@ def _live(at_node: Visitor, endpoint: str) -> set[str]:
 def _is_lost(operator: Visitor, endpoint: str, node_id: str) -> bool:
     books = operator("books", endpoint=endpoint)
     return any(name == node_id and lost for name, lost, *_ in books)
+
+
+def _is_released(operator: Visitor, endpoint: str, lease_id: str) -> bool:
+    state = operator("ledger", endpoint=endpoint, lease_id=lease_id)
+    return bool(state == "LEASE_STATE_RELEASED")

@@ -268,10 +268,18 @@ class Visitor:
 
     def __call__(self, do: str, **fields: Any) -> Any:
         """What it answers; a typed failure comes as `Refused`."""
+        self.tell(do, **fields)
+        return self.hear(do)
+
+    def tell(self, do: str, **fields: Any) -> None:
+        """Without waiting for the answer."""
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
         self.process.stdin.flush()
+
+    def hear(self, do: str) -> Any:
+        """The next answer."""
+        assert self.process.stdout is not None
         ready = select.select([self.process.stdout], [], [], ANSWER_S)[0]
         line = self.process.stdout.readline() if ready else b""
         assert line, f"{do}: no answer within {ANSWER_S} s"
