@@ -91,6 +91,7 @@ class EndCause(enum.StrEnum):
     DISCONNECTED = "disconnected"
     AGENT_LOST = "agent_lost"
     BIND_FAILED = "bind_failed"
+    DEVICE_FAILED = "device_failed"
     CLEARED = "cleared"
 
 

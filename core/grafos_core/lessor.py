@@ -610,6 +610,7 @@ def ended_failure(lease: Lease) -> FabricError:
         EndCause.RELEASE: "LEASE_RELEASED", EndCause.HOLDER_EXIT: "LEASE_RELEASED",
         EndCause.EXPIRED: "LEASE_EXPIRED", EndCause.DISCONNECTED: "LEASE_EXPIRED",
         EndCause.REVOKED: "REVOKED", EndCause.AGENT_LOST: "AGENT_LOST",
+        EndCause.DEVICE_FAILED: "IO",
         EndCause.BURNT: "EPOCH_BURNT", EndCause.BIND_FAILED: "EPOCH_BURNT",
     }.get(lease.cause or EndCause.EXPIRED, "LEASE_EXPIRED")  # fmt: skip
     if lease.state is LeaseState.FENCED:

@@ -480,6 +480,15 @@ class NodeCore(Endings):
             self._timers.cancel((lease.lease_id, Wake.RECONNECT))
         return effects
 
+    def device_broken(self, lease_id: str, why: str, now: Instant) -> list[Effect]:
+        """Its bytes could not be read or written: it ends, and its slice serves nobody."""
+        effects = self.tick(now)
+        lease = self._leases.get(LeaseId(lease_id))
+        if lease is None or lease.phase is not Phase.LIVE:
+            return effects
+        lease.broken = why
+        return effects + self._end(lease, EndCause.DEVICE_FAILED, f"its device: {why}", now)
+
     # Orders of the ledger; `request` None: nobody waits for the answer
 
     def burn(self, request: RequestId | None, target: Target, now: Instant) -> list[Effect]:

@@ -355,6 +355,9 @@ class Endings:
                 return self._cleared(lease, now, residue=False)
             case Phase.PROBING:
                 return self._probed(lease, now, clean=True)
+            case _ if lease.broken and lease.teardown is not None:
+                lease.teardown.fence(f"device: {lease.broken}")
+                return self._fence(lease, now)
             case _:
                 return self._seal(lease, now)
 

@@ -69,6 +69,7 @@ CODE_OF_CAUSE: Final[Mapping[EndCause, str]] = {
     EndCause.DISCONNECTED: "LEASE_EXPIRED",
     EndCause.AGENT_LOST: "AGENT_LOST",
     EndCause.BIND_FAILED: "NOT_FOUND",
+    EndCause.DEVICE_FAILED: "IO",
     EndCause.CLEARED: "FENCED",
 }
 """What a holder that comes back to a lease of the past meets."""
@@ -81,6 +82,7 @@ NOTICE_OF_CAUSE: Final[Mapping[EndCause, str]] = {
     EndCause.HOLDER_EXIT: "released",
     EndCause.DISCONNECTED: "expired",
     EndCause.AGENT_LOST: "fenced",
+    EndCause.DEVICE_FAILED: "fenced",
 }
 
 
@@ -146,6 +148,8 @@ class NodeLease:
     """What the warden did and measured, if it was first."""
     exported: bool = False
     """Its descriptor was handed out."""
+    broken: str = ""
+    """What its device did wrong while it lived: measured clean or not, its slice is fenced."""
     waiters: list[Waiter] = field(default_factory=list)
     receipt: ReceiptFacts | None = None
     credited: bool = False

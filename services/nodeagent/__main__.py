@@ -224,6 +224,7 @@ def front_flags(process: Process, files: IdentityFiles, gate_fd: int) -> FrontFl
         block_file=str(folder / "blocks"),
         block_bytes=values.block_bytes - values.block_bytes % BLOCK_BYTES,
         log_level=values.log_level,
+        development=values.mode == "development",
     )
 
 

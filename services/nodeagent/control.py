@@ -379,9 +379,8 @@ class Control:
             self._holders[session] = self.rooms.watch.add(pidfd, died)
 
     def _device_failed(self, lease_id: str, why: str) -> None:
-        """What cannot be read or written any more is taken back, and fenced if that fails."""
-        if any(one[0] == lease_id for one in self.core.live()):
-            self._effects.extend(self.core.taken_by_warden(lease_id, "device", {}, self.now()))
+        """What cannot be read or written any more is taken back and fenced."""
+        self._effects.extend(self.core.device_broken(lease_id, why, self.now()))
 
     def _front_arrived(self) -> None:
         """A fresh front: everything that lives, then what has ended, then the holders."""

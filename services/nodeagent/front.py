@@ -33,6 +33,7 @@ from services.nodeagent.handover import HandoverServer, Offers
 from services.nodeagent.holders import NodeServicer, Places
 from services.nodeagent.ipc import Link
 from services.nodeagent.sessions import Sessions
+from services.runtime import faults
 from services.runtime.clock import SYSTEM
 from services.runtime.logs import Log
 from services.runtime.server import Limits, Listener, Server, Service, serve
@@ -47,6 +48,7 @@ LIMITS: Final = replace(Limits(), calls_per_second_max=20_000, calls_per_identit
 def main() -> None:
     flags = _flags()
     die_with_parent(flags.parent)
+    faults.arm_from_environment(os.environ, development=flags.development)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold tenants' bytes
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # control drains us
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -140,6 +142,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--block-file", default="")
     parser.add_argument("--block-bytes", type=int, default=0)
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--development", action="store_true")
     return parser.parse_args()
 
 

@@ -43,6 +43,8 @@ class FrontFlags:
     block_file: str
     block_bytes: int
     log_level: str
+    development: bool
+    """Whether fault points may be armed."""
 
     def arguments(self, listen: str) -> list[str]:
         return [
@@ -54,6 +56,7 @@ class FrontFlags:
             *("--block-file", self.block_file),
             *("--block-bytes", str(self.block_bytes)),
             *("--log-level", self.log_level),
+            *(["--development"] if self.development else []),
         ]
 
 

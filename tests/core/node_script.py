@@ -293,6 +293,9 @@ class Script:
             effects = self.do_done([bare[0], step.value], {}) or effects
         return effects
 
+    def do_broken(self, bare: list[str], options: dict[str, str]) -> list[Effect]:
+        return self.core.device_broken(lease_id(bare[0]), "EIO", self.now)
+
     def do_taken(self, bare: list[str], options: dict[str, str]) -> list[Effect]:
         measured = {"st_size": 0}
         return self.core.taken_by_warden(lease_id(bare[0]), bare[1], measured, self.now)

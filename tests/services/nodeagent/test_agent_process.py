@@ -580,6 +580,23 @@ class TestWhenTheDeviceFails:
         again = node_pb2.NodeClearRequest(order=order)
         assert code_of(Denied, own.order, "Clear", again) == "CLEAR"
 
+    def test_D5_an_extent_whose_disk_fails_is_fenced_and_the_agent_goes_on(
+        self, own: AgentUnderTest
+    ) -> None:
+        own.start(fault="block.write:EIO:5")  # beyond what the self-test writes
+        alice = own.holder()
+        slip = bound(own, alice, kind=Kind.BLOCK, amount=4)
+        neighbour = bound(own, alice)
+        for _ in range(4):
+            alice.write(slip, 0, bytes(4096))
+        assert code_of(Fenced, alice.write, slip, 0, bytes(4096)) == "IO"
+        eventually(lambda: own.fabric.ledger.receipts.get(slip.lease_id))
+        receipt = own.fabric.ledger.receipt_of(slip.lease_id)
+        assert (receipt.outcome, receipt.cause) == (Outcome.FENCED, EndCause.DEVICE_FAILED)
+        assert own.leases()[slip.lease_id].fence_cause == "device: block: write"
+        assert code_of(Fenced, alice.write, slip, 0, bytes(4096)) == "FENCED"
+        assert alice.read(neighbour).data == bytes(16)
+
     def test_a_device_that_cannot_be_made_is_refused_and_its_epoch_given_up(
         self, own: AgentUnderTest
     ) -> None:
