@@ -65,8 +65,8 @@ sim: venv ## replay one simulated history: make sim SEED=n
 	@$(PY) -m tests.sim $(if $(SEED),--seed $(SEED))
 
 .PHONY: chaos
-chaos: setup ## kill processes over and over: make chaos N=200
-	@$(PY) -m tests.chaos -n $(N)
+chaos: setup ## kill processes over and over: make chaos N=200, or SEED=n for one again
+	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED),-n $(N))
 
 .PHONY: up
 up: venv ## start a local cluster

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.machine import processes_naming
 from tests.integration.town import SERVED, Refused, Town, Visitor, town_in
 
 TTL_S = 3.0
@@ -47,6 +48,7 @@ def test_one_user_over_loopback_tcp(tmp_path: Path) -> None:
             use_and_give_back(holder, "block", node, "rpc")
         assert eventually(lambda: all_free(operator, town))
         assert town.stop() == dict.fromkeys(SERVED, 0)
+    assert processes_naming(str(town.folder)) == []
 
 
 @pytest.mark.root
@@ -63,8 +65,29 @@ def test_every_member_another_user_in_another_network(tmp_path: Path) -> None:
         cut_off_and_healed(town, holder, operator)
         assert eventually(lambda: all_free(operator, town))
         assert town.stop() == dict.fromkeys(SERVED, 0)
+    assert processes_naming(str(town.folder)) == []
     assert _namespaces() == namespaces_before
     assert not town.folder.exists()
+
+
+@pytest.mark.root
+@pytest.mark.requires("ip", "nsenter", "unshare", "netns")
+def test_nothing_is_left_of_a_town_whose_test_has_failed(tmp_path: Path) -> None:
+    namespaces_before = _namespaces()
+    folder = tmp_path / "town"
+    with pytest.raises(ZeroDivisionError):
+        build_and_fail(folder)
+    assert _namespaces() == namespaces_before
+    assert processes_naming(str(folder)) == []
+    assert not folder.exists()
+
+
+def build_and_fail(folder: Path) -> None:
+    with town_in(folder, walls=True) as town:
+        town.start("audit", "ledger")
+        town.visit("holder")("who")
+        assert len(processes_naming(str(folder))) >= 2
+        raise ZeroDivisionError
 
 
 def _namespaces() -> set[str]:

@@ -177,7 +177,11 @@ def main() -> int:
         try:
             answer = {"is": visit.answer(json.loads(line))}
         except FabricError as refused:
-            answer = {"refused": type(refused).__name__, "code": refused.code}
+            answer = {
+                "refused": type(refused).__name__,
+                "code": refused.code,
+                "why": str(refused),
+            }
         print(json.dumps(answer), flush=True)
     return 0
 
