@@ -98,6 +98,8 @@ class Scene:
     told: Sequence[Told]
     collected: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     """By origin, as the audit collector exported them."""
+    owed: Mapping[str, int] = field(default_factory=dict)
+    """By origin, how many records there were before the export, which it must have; else all."""
 
 
 def every_law(scene: Scene) -> Wrong:
@@ -116,7 +118,8 @@ def every_law(scene: Scene) -> Wrong:
     wrong += rising(scene.ledger_chain)
     for origin, records in _own_chains(scene).items():
         wrong += linked(origin, records)
-        wrong += same_chain(origin, records, scene.collected.get(origin, ()))
+        owed = scene.owed.get(origin, len(records))
+        wrong += same_chain(origin, records, scene.collected.get(origin, ()), owed)
     return wrong
 
 
@@ -351,11 +354,13 @@ def linked(origin: str, records: Sequence[Record]) -> Wrong:
     return []
 
 
-def same_chain(origin: str, own: Sequence[Record], collected: Sequence[Record]) -> Wrong:
-    """The collector has what the origin has, all of it and nothing else."""
+def same_chain(origin: str, own: Sequence[Record], collected: Sequence[Record], owed: int) -> Wrong:
+    """The collector has at least the first `owed` that the origin has, and none that it has not."""
     for mine, kept in zip(own, collected, strict=False):
         if mine.data != kept.data:
             return [f"law 9, {origin}: the collector has another record {mine.number}"]
-    if len(own) != len(collected):
-        return [f"law 9, {origin}: {len(own)} records, the collector has {len(collected)}"]
+    if not owed <= len(collected) <= len(own):
+        return [
+            f"law 9, {origin}: the collector has {len(collected)} records, not {owed} to {len(own)}"
+        ]
     return []

@@ -248,26 +248,27 @@ class Onlooker:
 
     def scene(self, told: Sequence[Told], seconds: float) -> tuple[Scene, list[str]]:
         """Everything, once the collector has caught up; and what could not be verified."""
-        self._wait_collected(seconds)
-        ledger, nodes = self.ledger_chain(), self.node_chains()
+        owed = self._wait_collected(seconds)
         kept, wrong = self.collected()
+        ledger, nodes = self.ledger_chain(), self.node_chains()
         held = [slice_of(each) for each in self.leases() if each.state != RELEASED]
         scene = Scene(
-            self.books(), held, self.node_slices(), self.memories(), ledger, nodes, told, kept
+            self.books(), held, self.node_slices(), self.memories(), ledger, nodes, told, kept, owed
         )
         return scene, wrong
 
-    def _wait_collected(self, seconds: float) -> None:
-        """Until the collector has as many records as everybody has written, or the time is up."""
+    def _wait_collected(self, seconds: float) -> dict[str, int]:
+        """By origin, how many records there are now; returns when the collector has as many."""
+        owed = {name: own[-1].number for name, own in self.node_chains().items() if own}
+        owed["ledger"] = self.snapshot().revision
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            written = {name: own[-1].number for name, own in self.node_chains().items() if own}
-            written["ledger"] = self.snapshot().revision
             answer = self._audit.ask("Head", audit_pb2.HeadRequest(), ANSWER_MS)
             kept = {head.origin: head.number for head in answer.heads}
-            if all(kept.get(origin, 0) >= number for origin, number in written.items()):
-                return
+            if all(kept.get(origin, 0) >= number for origin, number in owed.items()):
+                break
             time.sleep(LOOK_S)
+        return owed
 
 
 def books_of(snapshot: ledger_pb2.SnapshotResponse) -> list[Book]:

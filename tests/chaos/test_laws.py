@@ -231,6 +231,8 @@ def test_a_chain_with_a_gap_or_a_fork_is_found(what: str) -> None:
 
 def test_a_collector_with_another_or_a_shorter_chain_is_found() -> None:
     records = written("ledger", granted(ONE, 1), granted(TWO, 2))
-    assert same_chain("ledger", records, records) == []
-    assert same_chain("ledger", records, records[:1])
-    assert same_chain("ledger", records, written("ledger", granted(ONE, 1), granted(ONE, 2)))
+    assert same_chain("ledger", records, records, 2) == []
+    assert same_chain("ledger", records, records[:1], 1) == []
+    assert same_chain("ledger", records, records[:1], 2)
+    assert same_chain("ledger", records[:1], records, 1)
+    assert same_chain("ledger", records, written("ledger", granted(ONE, 1), granted(ONE, 2)), 2)
