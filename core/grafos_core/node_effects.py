@@ -205,6 +205,8 @@ class Persist:
     """(kind, lease id, epoch, body) each, in this order, one batch."""
     seal_now: bool
     time_floor_ms: int = 0
+    may_wait: bool = False
+    """Nothing rests on it: it may go with the next batch, or soon."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -550,9 +550,10 @@ class Endings:
         self._uncredited -= 1
         self._timers.cancel((lease.lease_id, Wake.RECEIPT))
         effects += self._answer_waiters(lease, now)
-        # The ledger has it on its disk; ours only spares a receipt that is sent once more.
+        # The ledger has it on its disk; our note only spares a receipt that is sent once more.
         body = {"outcome": outcome.value}
-        effects.append(self._persist(("agent.credited", lease, body), seal_now=False))
+        note = self._persist(("agent.credited", lease, body), seal_now=False)
+        effects.append(replace(note, may_wait=True))
         if lease.phase is Phase.ENDED:
             self._forget_after(lease)
         return effects

@@ -25,6 +25,8 @@ WAITING_MAX: Final = 8_192
 EVENTS_MAX: Final = 256
 BYTES_MAX: Final = 256 * 1024
 """Of records in one message."""
+GATHER_MS: Final = 5
+"""What happens within this time goes together: a message costs more than the event in it."""
 
 
 @dataclass(slots=True)
@@ -64,6 +66,8 @@ class Watcher:
         self._waiting: deque[Happening] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._lost = False
+        self._gather = threading.Event()
+        """Never set: to wait on it is to wait."""
 
     def put(self, happenings: Sequence[Happening]) -> None:
         wanted = [x for x in happenings if self._node_id in ("", x.node_id)]
@@ -82,6 +86,8 @@ class Watcher:
         with self._changed:
             if not self._waiting and not self._lost:
                 self._changed.wait(timeout_ms / 1000)
+        self._gather.wait(GATHER_MS / 1000)
+        with self._changed:
             if self._lost:
                 raise failure.of("RETRY_LATER", "the watcher is too slow: resume from its revision")
             return next_message(self._waiting)

@@ -235,7 +235,14 @@ class Control:
             each()
         self._settle()
         self._on_tick(now)
-        waits = [self.front.tick(), self.warden.tick(), self.core.timeout_ms(now), TICK_MS]
+        later_ms = self.performer.flush(now.boot_ms)
+        waits = [
+            self.front.tick(),
+            self.warden.tick(),
+            self.core.timeout_ms(now),
+            TICK_MS,
+            later_ms,
+        ]
         return min(wait for wait in waits if wait is not None)
 
     def _settle(self) -> None:
@@ -461,7 +468,9 @@ class Control:
         self.in_owner(begin)
         stopped.wait(timeout_s / 3)
         self.in_owner(take_back)
-        return self._empty.wait(timeout_s)
+        is_empty = self._empty.wait(timeout_s)
+        self.in_owner(self.performer.flush_all)
+        return is_empty
 
     def stop(self) -> None:
         """After `drain`: end the other processes. A warden that holds something stays."""

@@ -56,6 +56,7 @@ POOL_THREADS: Final = 4
 INLINE_BYTES_MAX: Final = 1 << 20
 """A smaller memory lease is made in 0.3 ms, less than handing it to another thread may take."""
 ENDED_MAX: Final = 65_536
+LATER_MS_MAX: Final = 100
 NS_PER_MS: Final = 1_000_000
 WHY_CHARS_MAX: Final = 120
 """Of what went wrong, in a receipt: its entries have at most 128 characters."""
@@ -142,6 +143,9 @@ class Performer:
         self._in_front: dict[str, str] = {}
         """Session by lease, of what the front has open."""
         self._ended: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._later: list[Persist] = []
+        """Records that nothing rests on; they go with the next batch."""
+        self._later_since_ms = 0
         self.proofs: dict[str, Proof] = {}
         self._does: dict[type, Callable[[Any], None]] = {
             CreateDevice: self._create_device,
@@ -162,13 +166,39 @@ class Performer:
         }
 
     def perform(self, effects: Sequence[Effect]) -> None:
-        """In order; all records at the place of the first."""
+        """In order; all records at the place of the first that something rests on."""
         records = [effect for effect in effects if isinstance(effect, Persist)]
+        urgent = next((each for each in records if not each.may_wait), None)
+        if urgent is None and records:
+            self._keep_for_later(records)
         for effect in effects:
             if not isinstance(effect, Persist):
                 self._does[type(effect)](effect)
-            elif effect is records[0]:
-                self._persist(records)
+            elif effect is urgent:
+                self._persist([*self._take_later(), *records])
+
+    def flush(self, now_ms: int) -> int | None:
+        """Write what has waited long enough; how long the rest may still wait."""
+        if not self._later:
+            return None
+        left_ms = self._later_since_ms + LATER_MS_MAX - now_ms
+        if left_ms <= 0:
+            self._persist(self._take_later())
+            return None
+        return left_ms
+
+    def flush_all(self) -> None:
+        if self._later:
+            self._persist(self._take_later())
+
+    def _keep_for_later(self, records: Sequence[Persist]) -> None:
+        if not self._later:
+            self._later_since_ms = self._tools.now().boot_ms
+        self._later += records
+
+    def _take_later(self) -> list[Persist]:
+        later, self._later = self._later, []
+        return later
 
     def allow(self, lease_id: str, ops: tuple[str, ...]) -> None:
         """What the token that binds or attaches this lease lets its holder do."""
@@ -346,7 +376,12 @@ class Performer:
         def run() -> dict[str, int | str | bool]:
             return self._tools.slices.run(effect.step, effect.facts)
 
-        self._pool.submit(self._step, effect.lease_id, effect.step, effect.attempt, run)
+        where = (effect.lease_id, effect.step, effect.attempt, run)
+        small = effect.facts.kind is Kind.MEM and effect.facts.amount <= INLINE_BYTES_MAX
+        if small or effect.step is Step.REAP:
+            self._step(*where)
+        else:
+            self._pool.submit(self._step, *where)
 
     def _step(
         self,

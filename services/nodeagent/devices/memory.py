@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final
 
 from grafos_core import failure
+from services.runtime.clock import SYSTEM
 from services.runtime.faults import fault
 
 PAGE_BYTES: Final = 4096
@@ -35,6 +36,8 @@ HEADROOM_BYTES: Final = 64 << 20
 """Never lent out of what the machine or a cgroup has left: teardown itself needs some memory."""
 CHUNK_BYTES: Final = 1 << 20
 CANARY_BYTES: Final = 64 * 1024
+LOOK_MS: Final = 100
+"""How long a look at the machine's free memory counts."""
 
 # Source: include/uapi/linux/fcntl.h; not in Python 3.11's fcntl everywhere.
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
@@ -61,6 +64,7 @@ class MemoryDevice:
         """Bytes by inode number, from the reservation to the erase."""
         self._pending_bytes = 0
         """Promised and not yet counted by the kernel."""
+        self._looked_ms, self._looked_room, self._looked_booked = -LOOK_MS, 0, 0
 
     def create(self, lease_id: str, incarnation: str, size_bytes: int) -> int:
         """A descriptor of `size_bytes` zeroed bytes that are really there."""
@@ -125,6 +129,8 @@ class MemoryDevice:
                 raise failure.of("CAPACITY", f"memory: this node lends {self.capacity_bytes} bytes")
             free_bytes = self._free_bytes()
             if size_bytes > free_bytes:
+                free_bytes = self._free_bytes(afresh=True)
+            if size_bytes > free_bytes:
                 raise failure.of("NO_CAPACITY", f"memory: {max(0, free_bytes)} bytes are free")
             self._pending_bytes += size_bytes
 
@@ -132,10 +138,20 @@ class MemoryDevice:
         with self._lock:
             self._pending_bytes -= size_bytes
 
-    def _free_bytes(self) -> int:
+    def _free_bytes(self, *, afresh: bool = False) -> int:
+        """The machine is looked at now and then, for a look reads a dozen files: what was lent
+        since counts as taken, what came back not as there. Who would be refused looks `afresh`."""
         booked_bytes = sum(self._lent.values()) + self._pending_bytes
-        machine_bytes = machine_room_bytes(self._proc, self._cgroups) - self._headroom_bytes
-        return min(self.capacity_bytes - booked_bytes, machine_bytes - self._pending_bytes)
+        now_ms = SYSTEM.boot_ms()
+        if afresh or now_ms - self._looked_ms >= LOOK_MS:
+            room_bytes = machine_room_bytes(self._proc, self._cgroups) - self._pending_bytes
+            self._looked_ms, self._looked_booked, self._looked_room = (
+                now_ms,
+                booked_bytes,
+                room_bytes - self._headroom_bytes,
+            )
+        since_bytes = max(0, booked_bytes - self._looked_booked)
+        return min(self.capacity_bytes - booked_bytes, self._looked_room - since_bytes)
 
 
 def measure(fd: int, *, exported: bool) -> Evidence:

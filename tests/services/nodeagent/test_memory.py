@@ -233,6 +233,30 @@ def test_more_than_the_machine_has_is_refused_before_it_is_touched(tmp_path: Pat
     assert device.lent_bytes() == 0
 
 
+def test_what_the_machine_lost_since_the_last_look_and_what_it_got_back_count(
+    tmp_path: Path,
+) -> None:
+    proc, cgroups = machine(tmp_path, 100 * 1024, V2, {})
+    device = MemoryDevice(1 << 40, proc=proc, cgroups=cgroups)
+    fd = device.create(LEASE, INCARNATION, 20 * MIB)
+    assert code(lambda: device.create(LEASE, INCARNATION, 40 * MIB)) == "NO_CAPACITY"
+    (proc / "meminfo").write_text(f"MemAvailable:  {200 * 1024} kB\n")
+    other = device.create(LEASE, INCARNATION, 40 * MIB)
+    for each in (fd, other):
+        device.erase(each)
+        os.close(each)
+
+
+def test_two_leases_do_not_share_the_room_of_one_look(tmp_path: Path) -> None:
+    proc, cgroups = machine(tmp_path, 100 * 1024, V2, {})
+    device = MemoryDevice(1 << 40, proc=proc, cgroups=cgroups)
+    room_bytes = device.free_bytes()
+    fd = device.create(LEASE, INCARNATION, 20 * MIB)
+    assert device.free_bytes() <= room_bytes - 20 * MIB
+    device.erase(fd)
+    os.close(fd)
+
+
 @pytest.mark.parametrize(
     ("fault", "refusal"), [("ENOMEM", "NO_CAPACITY"), ("EMFILE", "NO_CAPACITY"), ("EIO", "IO")]
 )

@@ -156,6 +156,41 @@ def test_a_disk_that_fails_ends_the_list(performer: Performer, scribe: Scribe) -
     assert scribe.lines == ["send notice"]
 
 
+def later(*kinds: str) -> Persist:
+    return Persist(tuple((kind, LEASE, 1, {}) for kind in kinds), seal_now=False, may_wait=True)
+
+
+def test_a_record_that_nothing_rests_on_goes_with_the_next_one_and_before_it(
+    performer: Performer, scribe: Scribe
+) -> None:
+    performer.perform([later("agent.credited"), Answer(1, Detached(5))])
+    assert scribe.lines == ["answer 1"], "the answer does not wait for it"
+    performer.perform([persist("agent.bound"), Answer(2, Detached(5))])
+    assert scribe.lines[1:] == ["write agent.credited agent.bound", "answer 2"]
+    assert performer.flush(NOW.boot_ms + 10_000) is None
+    performer.flush_all()
+    assert len(scribe.lines) == 3, "and it is written once"
+
+
+def test_a_record_that_may_wait_waits_a_tenth_of_a_second_at_most(
+    performer: Performer, scribe: Scribe
+) -> None:
+    performer.perform([later("agent.credited")])
+    assert performer.flush(NOW.boot_ms + 60) == 40
+    performer.perform([later("agent.credited")])
+    assert scribe.lines == []
+    assert performer.flush(NOW.boot_ms + 100) is None
+    assert scribe.lines == ["write agent.credited agent.credited"]
+
+
+def test_what_waits_when_the_agent_stops_is_written_then(
+    performer: Performer, scribe: Scribe
+) -> None:
+    performer.perform([later("agent.credited")])
+    performer.flush_all()
+    assert scribe.lines == ["write agent.credited"]
+
+
 def test_a_fresh_front_is_told_of_ends_in_messages_that_fit_the_link(performer: Performer) -> None:
     from grafos_core import codec
     from services.nodeagent.ipc import MESSAGE_BYTES_MAX
