@@ -14,11 +14,12 @@ can wait for gRPC; it only passes notices on.
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol
 
 from grafos import _clock
@@ -30,6 +31,8 @@ VERSION: Final = 1
 PACKET_BYTES_MAX: Final = 65_536
 EXCHANGE_MS_MAX: Final = 3_000
 """For one hand-over; the desk asks control, which answers in about a millisecond."""
+DESCRIPTORS_MAX: Final = 4
+"""Room for more than the one that belongs to an answer, so that strangers are closed, not lost."""
 PACKETS_PER_POLL_MAX: Final = 256
 RECONNECT_MS_MIN, RECONNECT_MS_MAX = 50, 1_000
 
@@ -131,19 +134,17 @@ class LocalSession:
             self._pass_on(message)
 
     def _receive(self) -> tuple[dict[str, Any], int | None]:
-        packet, descriptors, _, _ = socket.recv_fds(
-            self._socket, PACKET_BYTES_MAX, 4, socket.MSG_CMSG_CLOEXEC
-        )
+        packet, descriptors, flags = _received(self._socket)
+        _close_all(descriptors[1:])
+        message = _parsed(packet)
+        if message is not None and not flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            return message, descriptors[0] if descriptors else None
+        _close_all(descriptors[:1])
         if not packet:
             raise failure.of("UNREACHABLE", "the node closed the session")
-        for descriptor in descriptors[1:]:
-            os.close(descriptor)
-        message = _parsed(packet)
-        if message is None:
-            for descriptor in descriptors[:1]:
-                os.close(descriptor)
-            raise failure.of("ENCODING", "the node's message")
-        return message, descriptors[0] if descriptors else None
+        if flags & socket.MSG_CTRUNC:  # more than fit, or this process has as many as it may
+            raise failure.of("UNREACHABLE", "descriptors of the node did not all arrive")
+        raise failure.of("ENCODING", "the node's message")
 
     def _pass_on(self, message: dict[str, Any]) -> None:
         fields = message.get("notice")
@@ -206,6 +207,26 @@ class StreamSession:
             self._stands.clear()
             self._stopped.wait(pause_ms / 1000)
             pause_ms = min(pause_ms * 2, RECONNECT_MS_MAX)
+
+
+def _received(link: socket.socket) -> tuple[bytes, list[int], int]:
+    """A packet, its descriptors and the kernel's flags. No child of ours inherits a descriptor.
+
+    Not `socket.recv_fds`, which takes flags and ignores them: between its return and a call that
+    makes the descriptors ours alone, another thread may start a process.
+    """
+    descriptors = array.array("i")
+    room = socket.CMSG_SPACE(DESCRIPTORS_MAX * descriptors.itemsize)
+    packet, rights, flags, _ = link.recvmsg(PACKET_BYTES_MAX, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, part in rights:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(part[: len(part) - len(part) % descriptors.itemsize])
+    return packet, list(descriptors), flags
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for each in descriptors:
+        os.close(each)
 
 
 def _parsed(packet: bytes) -> dict[str, Any] | None:
