@@ -162,6 +162,8 @@ class HandoverServer:
         self._boottime_ms = boottime_ms
         self._selector = selectors.DefaultSelector()
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="handover")
+        self._thread = threading.Thread(target=self._run, name="handover", daemon=True)
+        self._stop, self._stopped = socket.socketpair()
 
     def start(self, path: Path) -> None:
         """Listen at `path`, which others of this machine may reach, but not write beside."""
@@ -174,12 +176,28 @@ class HandoverServer:
         path.chmod(0o666)
         listener.listen(64)
         self._selector.register(listener, selectors.EVENT_READ, None)
-        threading.Thread(target=self._run, name="handover", daemon=True).start()
+        self._selector.register(self._stopped, selectors.EVENT_READ, None)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End every connection, and listen no more."""
+        self._stop.close()
+        self._thread.join()
+        self._workers.shutdown()
+        for key in list(self._selector.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
+            if key.data is None:
+                key.fileobj.close()
+            else:
+                self._close(key.data)
+        self._selector.close()
 
     def _run(self) -> None:
         while True:
             for key, _ in self._selector.select():
                 assert isinstance(key.fileobj, socket.socket)
+                if key.fileobj is self._stopped:
+                    return
                 if key.data is None:
                     self._accept(key.fileobj)
                 else:
@@ -256,11 +274,17 @@ def peer_pidfd(sock: socket.socket, pid: int) -> int:
         pidfd = os.pidfd_open(pid)
     except OSError:
         raise failure.of("HOLDER_MISMATCH", "the process is gone") from None
-    dead, _, _ = select.select([pidfd], [], [], 0)
-    if dead or started != _start_ticks_or_none(pid):
+    if _has_ended(pidfd) or started != _start_ticks_or_none(pid):
         os.close(pidfd)
         raise failure.of("HOLDER_MISMATCH", "the process is gone")
     return pidfd
+
+
+def _has_ended(pidfd: int) -> bool:
+    """By poll: an agent has a descriptor per lease, and select takes no number above 1,023."""
+    watched = select.poll()
+    watched.register(pidfd, select.POLLIN)
+    return bool(watched.poll(0))
 
 
 def failure_fields(cause: FabricError) -> dict[str, Any]:

@@ -434,14 +434,18 @@ class World:
             each.close()
         for server in self.servers:
             server.stop(0)
+        self.handover.stop()
         self.control.close()
+        self.gate.close()
+        for grant in self.book.grants.values():
+            if grant.fd >= 0:
+                os.close(grant.fd)
 
     def _serve_node(self) -> Any:
         data = DataPath(self.gate, self.table, SYSTEM.boot_ns, lambda lease_id, why: None)
         offers = Offers()
-        HandoverServer(offers, self.sessions, self.control, SYSTEM.boot_ms).start(
-            self.handover_path
-        )
+        self.handover = HandoverServer(offers, self.sessions, self.control, SYSTEM.boot_ms)
+        self.handover.start(self.handover_path)
         self.places = Places(str(self.handover_path), 8)
         servicer = NodeServicer(
             self.control, data, self.sessions, offers, self.places, SYSTEM.boot_ms
