@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from grafos_core.failure import DeadlineExceeded, Denied, FabricError
@@ -33,6 +34,14 @@ def exit_status(refusal: FabricError) -> int:
     if isinstance(refusal, DeadlineExceeded):
         return TIMEOUT
     return DENIED if isinstance(refusal, Denied) else FAILED
+
+
+def together(statuses: Iterable[int]) -> int:
+    """Of many things: ok if all are; what the others have in common; else that it failed."""
+    others = set(statuses) - {OK}
+    if not others:
+        return OK
+    return others.pop() if len(others) == 1 else FAILED
 
 
 def explained(refusal: FabricError) -> str:

@@ -6,33 +6,23 @@ import argparse
 from typing import Any
 
 from grafos import _clock
-from grafos._cli import output
+from grafos._cli import output, revocation
 from grafos._cli.exits import FAILED, OK
 from grafos._cli.nouns import Tree
 from grafos._cli.output import Column, Listing, Row
-from grafos_core import failure
 
-GRACE_S_MAX = 600
+STATES = ("pending", "active", "ending", "released", "fenced")
 
 
 def register(tree: Tree) -> None:
     noun = tree.noun("lease", "what is leased, to whom, until when")
     listing = noun.verb("list", "leases that live, end or are fenced", _list)
-    listing.add_argument("--node", default="", help="only at this node")
-    listing.add_argument("--kind", choices=("mem", "block"), help="only of this kind")
-    listing.add_argument("--tenant", default="", help="only of this tenant")
-    listing.add_argument("--holder", default="", help="only of this holder (SPIFFE id)")
-    listing.add_argument(
-        "--state", choices=("pending", "active", "ending", "released", "fenced"), help="only so"
-    )
+    revocation.add_selector(listing, STATES)
     output.add_flags(listing)
     describe = noun.verb("describe", "everything about one lease", _describe)
     describe.add_argument("lease_id", help="or the beginning of it")
     describe.add_argument("-o", "--output", choices=("table", "json"), default="table")
-    revoke = noun.verb("revoke", "take leases back from their holders", _revoke)
-    revoke.add_argument("lease_id", nargs="+", help="or the beginning of it")
-    revoke.add_argument("--reason", required=True, help="recorded, and told to the holder")
-    revoke.add_argument("--grace", type=int, default=0, metavar="S", help="warn, and wait so long")
+    revocation.register(noun.verb("revoke", "take leases back from their holders", _revoke))
     explain = noun.verb("explain", "what a request would get now, and why, node by node", _explain)
     explain.add_argument("--kind", choices=("mem", "block"), default="mem")
     explain.add_argument(
@@ -43,14 +33,9 @@ def register(tree: Tree) -> None:
 
 
 def _list(given: argparse.Namespace) -> int:
-    from grafos._cli.operator import KINDS, STATE_NAMES, Operator, lease_row
+    from grafos._cli.operator import Operator, lease_row
 
-    states = {name: number for number, name in STATE_NAMES.items()}
-    wanted: dict[str, Any] = {
-        "node_id": given.node, "tenant": given.tenant, "holder": given.holder,
-        "kind": KINDS[given.kind] if given.kind else 0,
-        "state": states[given.state] if given.state else 0,
-    }  # fmt: skip
+    wanted = revocation.wanted(given)
     with Operator(given) as operator:
         return output.show(
             given, lambda: [lease_row(lease) for lease in operator.leases(**wanted)], LEASES
@@ -70,21 +55,7 @@ def _describe(given: argparse.Namespace) -> int:
 
 
 def _revoke(given: argparse.Namespace) -> int:
-    from grafos._cli.operator import Operator, lease_row, new_request_id
-    from grafos_proto.v1 import admission_pb2
-
-    if not 0 <= given.grace <= GRACE_S_MAX:
-        raise failure.of("RANGE", f"--grace: 0 to {GRACE_S_MAX} s")
-    with Operator(given) as operator:
-        ids = [operator.lease(text).lease_id for text in given.lease_id]
-        for lease_id in ids:
-            request = admission_pb2.RevokeRequest(
-                request_id=new_request_id(), lease_ids=[lease_id], reason=given.reason,
-                grace_ms=given.grace * 1000,
-            )  # fmt: skip
-            row = lease_row(operator.admission("Revoke", request).leases[0])
-            print(f"{lease_id} {row['state']} ({row['stage'] or row['cause']})")
-    return OK
+    return revocation.revoke(given, LEASES)
 
 
 def _explain(given: argparse.Namespace) -> int:

@@ -100,17 +100,19 @@ class Operator:
             raise failures.failure_of(outcome.failure)
         return outcome
 
-    def leases(self, **wanted: Any) -> list[lease_pb2.Lease]:
-        """All that match, page by page."""
+    def leases(self, *, holder_prefix: str = "", **wanted: Any) -> list[lease_pb2.Lease]:
+        """All that match, page by page; never a part of them."""
         found: list[lease_pb2.Lease] = []
         after = ""
         while True:
             request = admission_pb2.ListLeasesRequest(limit=PAGE_MAX, after=after, **wanted)
             page = self.ledger("List", request)
-            found += page.leases
+            found += [each for each in page.leases if is_below(each.holder, holder_prefix)]
             after = page.next
-            if not after or len(found) >= LEASES_MAX:
+            if not after:
                 return found
+            if len(found) >= LEASES_MAX:
+                raise failure.of("RANGE", f"more than {LEASES_MAX} leases: say more of which")
 
     def lease(self, text: str) -> lease_pb2.Lease:
         """The lease with this id, or the one whose id begins with it."""
@@ -148,6 +150,11 @@ class Operator:
 def new_request_id() -> str:
     """One that nobody else has; retries of one command carry the same."""
     return secrets.token_hex(16)
+
+
+def is_below(holder: str, prefix: str) -> bool:
+    """Whether a SPIFFE id begins with these whole segments: user 1 is no beginning of user 10."""
+    return not prefix or f"{holder}/".startswith(f"{prefix.rstrip('/')}/")
 
 
 def kind_name(number: int) -> str:
