@@ -50,8 +50,8 @@ def held(count: int, node: str = "n1") -> Iterator[list[MemLease]]:
     builder = MemBuilder().min_bytes(4096).where(node=node)
     leases = [builder.acquire() for _ in range(count)]
     connection = grafos._connection.default_fabric()
-    for each in leases:
-        eventually(lambda each=each: connection.describe(each.lease_id).state.value == "active")
+    mine = ids_of(leases)
+    eventually(lambda: mine <= {each.lease_id for each in connection.leases(state="active")})
     try:
         yield leases
     finally:
@@ -92,8 +92,8 @@ def test_a_selector_takes_what_it_names_and_nothing_beside_it(ask: Cli) -> None:
         for words in (("--node", "n9"), ("--kind", "block"), ("--tenant", "acme")):
             done = ask("lease", "revoke", *words, *WHY, "-o", "json")
             assert (done.returncode, done.stdout) == (0, "[]\n")
-        words = ("--node", "n1", "--kind", "mem", "--tenant", "default", "--state", "active")
-        done = ask("lease", "revoke", *words, *WHY, "--wait", "-o", "json")
+        chosen = ("--node", "n1", "--kind", "mem", "--tenant", "default", "--state", "active")
+        done = ask("lease", "revoke", *chosen, *WHY, "--wait", "-o", "json")
         assert (done.returncode, done.stderr) == (0, "")
         rows = rows_of(done)
         assert set(rows) == ids_of(leases)
