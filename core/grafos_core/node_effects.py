@@ -180,6 +180,8 @@ class Recovered:
     """Not credited yet, those of fences among them."""
     time_floor_ms: int = 0
     """Wall time that had certainly passed."""
+    unexported: frozenset[LeaseId] = frozenset()
+    """Of these it is certain that no descriptor ever left the agent."""
 
 
 @dataclass(frozen=True, slots=True)

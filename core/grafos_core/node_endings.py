@@ -167,19 +167,23 @@ class Endings:
     def _restore(self, recovered: Recovered) -> None:
         unsent = {(one.lease_id, one.epoch): one for one in recovered.receipts}
         for fence in recovered.fences:
-            self._restore_fence(fence, unsent)
+            self._restore_fence(fence, unsent, exported=_may_be_out(fence.bound, recovered))
         for receipt in unsent.values():
             self._restore_ended(receipt)
         for facts in recovered.open_binds:
-            lease = NodeLease(facts, Phase.ENDING, exported=facts.may_export)
+            lease = NodeLease(facts, Phase.ENDING, exported=_may_be_out(facts, recovered))
             lease.cause, lease.reason = EndCause.AGENT_LOST, "the agent was restarted"
             self._adopt(lease)
             self._recovering.add(facts.lease_id)
 
     def _restore_fence(
-        self, fence: FenceFacts, unsent: dict[tuple[LeaseId, int], ReceiptFacts]
+        self,
+        fence: FenceFacts,
+        unsent: dict[tuple[LeaseId, int], ReceiptFacts],
+        *,
+        exported: bool,
     ) -> None:
-        lease = NodeLease(fence.bound, Phase.FENCED, exported=fence.bound.may_export)
+        lease = NodeLease(fence.bound, Phase.FENCED, exported=exported)
         lease.receipt = fence.receipt
         lease.cause = fence.receipt.cause
         lease.nonces = list(fence.nonces)
@@ -741,6 +745,10 @@ class Endings:
         if lease.receipt is not None and not lease.credited:
             waits = (lease.lease_id, Wake.RECEIPT) in self._timers
             invariant(waits, f"the receipt of {lease.lease_id} is sent again")
+
+
+def _may_be_out(facts: BoundFacts, recovered: Recovered) -> bool:
+    return facts.may_export and facts.lease_id not in recovered.unexported
 
 
 def bound_of(receipt: ReceiptFacts) -> BoundFacts:

@@ -11,13 +11,13 @@ import secrets
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from grafos_core import failure, spiffe
 from grafos_core.failure import FabricError
-from grafos_core.lease import BLOCK_BYTES, Kind
+from grafos_core.lease import BLOCK_BYTES, Kind, LeaseId
 from grafos_core.node import EVIDENCE_MS_MAX, Instant, Limits, NodeCore
 from grafos_core.spiffe import Identity, Role
 from grafos_core.token import audience_of
@@ -29,9 +29,11 @@ from services.nodeagent.book import Book
 from services.nodeagent.control import Control, Rooms, short_enough
 from services.nodeagent.devices.block import BlockDevice
 from services.nodeagent.devices.memory import MemoryDevice, advertised_bytes
+from services.nodeagent.exports import Exports
 from services.nodeagent.frontline import FrontFlags, FrontLine
 from services.nodeagent.gatepage import GatePage
 from services.nodeagent.ledgerlink import LedgerLink
+from services.nodeagent.leftovers import Leftovers
 from services.nodeagent.meters import Meters
 from services.nodeagent.nodecontrol import NodeControlServicer
 from services.nodeagent.pidwatch import ProcessWatch
@@ -105,7 +107,7 @@ def start(process: Process) -> None:
     rooms = Rooms(
         book,
         GatePage.create(Limits().leases_max),
-        Slices(book.incarnation, memory, block),
+        Slices(book.incarnation, memory, block, exports_of(process.state_dir, book)),
         TrustedKeys(identity.trust_domain, audience_of(identity.name, book.incarnation)),
         ProcessWatch(),
         Meters(process.metrics),
@@ -140,6 +142,11 @@ def open_book(process: Process, node_id: str) -> Book:
     return book
 
 
+def exports_of(folder: Path, book: Book) -> Exports:
+    past = (*book.recollection.open_binds, *book.recollection.fenced)
+    return Exports(folder / "exports", [facts.lease_id for facts in past if facts.may_export])
+
+
 def devices(values: Values, folder: Path) -> tuple[MemoryDevice | None, BlockDevice | None]:
     memory_bytes = values.memory_bytes if values.memory_bytes >= 0 else advertised_bytes()
     block_bytes = values.block_bytes - values.block_bytes % BLOCK_BYTES
@@ -167,12 +174,10 @@ def assemble(
     """Everything made, nothing started."""
     book, values = rooms.book, process.values
     past = book.recollection
-    found = leftovers.gather(process.state_dir, book.incarnation, past.open_binds)
-    for facts in past.open_binds:
-        lease_id = facts.lease_id
-        memory_fd, unreachable = found.memory.get(lease_id), found.unreachable.get(lease_id, "")
-        rooms.slices.adopt(facts, memory_fd, unreachable)
-    recovered = past.recovered(capacities, book.time_floor_ms)
+    found, unexported = take_over(process.state_dir, rooms)
+    recovered = replace(
+        past.recovered(capacities, book.time_floor_ms), unexported=frozenset(unexported)
+    )
     core = NodeCore(
         identity.name, book.incarnation, capacities, recovered, Instant(*process.clock.instant())
     )
@@ -212,6 +217,19 @@ def assemble(
     if values.audit:
         agent.audit = audit_link(process, files, identity, book)
     return agent
+
+
+def take_over(folder: Path, rooms: Rooms) -> tuple[Leftovers, list[LeaseId]]:
+    """What the boots before left, bound or fenced, and of which leases nothing was handed out."""
+    past, slices = rooms.book.recollection, rooms.slices
+    leases = (*past.open_binds, *past.fenced)
+    out = {facts.lease_id for facts in leases if slices.may_be_out(facts)}
+    found = leftovers.gather(folder, rooms.book.incarnation, leases, out)
+    for facts in leases:
+        lease_id = facts.lease_id
+        memory_fd, unreachable = found.memory.get(lease_id), found.unreachable.get(lease_id, "")
+        slices.adopt(facts, memory_fd, unreachable)
+    return found, [facts.lease_id for facts in leases if facts.lease_id not in out]
 
 
 def front_flags(process: Process, files: IdentityFiles, gate_fd: int) -> FrontFlags:

@@ -366,8 +366,8 @@ class Control:
             reply({"failure": failure_message(failure.of("NOT_FOUND", lease_id=lease_id))})
             return
         if message["exported"]:
+            self.rooms.slices.export(held)
             self.core.exported(lease_id)
-            held.exported = True
         if session in self._holders:
             close_all(fds)
         else:

@@ -4,13 +4,14 @@ Rules. A warden that outlived its agent has cut every memory to nothing and hand
 measured, with the descriptors; it goes when everything is sealed. Where the warden is dead too, the
 memory is looked for by its name in every process: whoever still has it, it can be cut there. A
 memory that is nowhere is gone; but where a process that may have it cannot be looked into, that is
-not known, and the slice is fenced.
+not known of what was once handed out, and the slice is fenced until a later look finds nothing.
+Memory that never left the agent died with the agent's own processes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from grafos_core.lease import Kind
 from grafos_core.node_effects import BoundFacts
 from services.nodeagent import wardenlog
 from services.nodeagent.ipc import LinkClosed
-from services.nodeagent.orphans import recover_leftovers
+from services.nodeagent.orphans import Closed, recover_leftovers
 from services.nodeagent.wardenlog import LivingWarden, Taken
 
 
@@ -52,11 +53,29 @@ class Leftovers:
         self._living, self._journals = [], []
 
 
-def gather(state_dir: Path, incarnation: str, open_binds: tuple[BoundFacts, ...]) -> Leftovers:
-    """What is known of the leases that were bound when the last boot ended."""
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What became of the memory of some leases. What is in neither list is gone."""
+
+    memory: dict[str, int]
+    """By lease, a descriptor of it; truncated, and the caller's."""
+    unreachable: dict[str, str]
+    """By lease, who may still have it."""
+
+
+def gather(
+    state_dir: Path,
+    incarnation: str,
+    leases: Iterable[BoundFacts],
+    exports: Container[str],
+) -> Leftovers:
+    """What is known of leases that were bound or fenced when the last boot ended.
+
+    `exports` holds those whose descriptor may have left the agent.
+    """
     folder = state_dir / "warden"
     found = Leftovers(folder)
-    wanted = {(facts.lease_id, facts.epoch): facts for facts in open_binds}
+    wanted = {(facts.lease_id, facts.epoch): facts for facts in leases}
     for boot_epoch in wardenlog.boot_epochs(folder):
         for entry, fd in _told(found, folder, boot_epoch):
             if (entry.lease_id, entry.epoch) not in wanted:
@@ -68,11 +87,11 @@ def gather(state_dir: Path, incarnation: str, open_binds: tuple[BoundFacts, ...]
                 found.memory[entry.lease_id] = fd
     missing = [
         facts
-        for facts in open_binds
+        for facts in wanted.values()
         if facts.kind is Kind.MEM and facts.lease_id not in found.memory
     ]
     if missing:
-        _search(found, incarnation, missing)
+        _search_all(found, incarnation, missing, exports)
     return found
 
 
@@ -91,23 +110,49 @@ def _told(found: Leftovers, folder: Path, boot_epoch: int) -> list[tuple[Taken, 
     return [(entry, None) for entry in wardenlog.read_journal(path)]
 
 
-def _search(found: Leftovers, incarnation: str, missing: list[BoundFacts]) -> None:
-    """In every process: take the memory where it is found, remember who could not be asked."""
-    orphans = recover_leftovers(incarnation)
+def _search_all(
+    found: Leftovers, incarnation: str, missing: Collection[BoundFacts], exports: Container[str]
+) -> None:
+    """Before anything is lent: everything of this incarnation is looked for, also what a holder
+    has kept of leases that have ended."""
+    result = search(incarnation, missing, exports, everything=True)
+    found.memory.update(result.memory)
+    for lease_id, why in result.unreachable.items():
+        if lease_id not in found.journal:  # else a warden has cut it before it died
+            found.unreachable[lease_id] = why
+
+
+def search(
+    incarnation: str,
+    missing: Collection[BoundFacts],
+    exports: Container[str],
+    *,
+    everything: bool = False,
+) -> Search:
+    """In every process: take the memory where it is found, tell who could not be asked."""
+    names = {facts.lease_id for facts in missing}
+    orphans = recover_leftovers(incarnation, only=None if everything else names)
+    result = Search({}, {})
     for orphan in orphans.found:
         if orphan.fd is None:
-            found.unreachable[orphan.lease_id] = orphan.error
-        elif any(facts.lease_id == orphan.lease_id for facts in missing):
-            found.memory[orphan.lease_id] = orphan.fd
+            result.unreachable[orphan.lease_id] = orphan.error
+        elif orphan.lease_id in names:
+            result.memory[orphan.lease_id] = orphan.fd
         else:
-            os.close(orphan.fd)  # of a lease that has ended, and that a holder had kept
-    closed_to_us = {uid for _, uid in orphans.unreadable}
+            os.close(orphan.fd)
     for facts in missing:
-        holder_uid = _holder_uid(facts)
-        hidden = closed_to_us if holder_uid is None else closed_to_us & {holder_uid}
-        known = facts.lease_id in found.memory or facts.lease_id in found.journal
-        if hidden and facts.may_export and not known:
-            found.unreachable[facts.lease_id] = "processes of other users may still have it"
+        known = facts.lease_id in result.memory or facts.lease_id in result.unreachable
+        if facts.lease_id in exports and not known:
+            holder_uid = _holder_uid(facts)
+            hidden = [each for each in orphans.closed if each.may_be(holder_uid)]
+            if hidden:
+                result.unreachable[facts.lease_id] = _named(hidden)
+    return result
+
+
+def _named(hidden: list[Closed]) -> str:
+    more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+    return f"{hidden[0]}{more} may have it and cannot be looked into"
 
 
 def _holder_uid(facts: BoundFacts) -> int | None:

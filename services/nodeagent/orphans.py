@@ -4,20 +4,25 @@ A holder's descriptor or mapping keeps a lease's memory alive though nobody watc
 the kernel lists what every process has open, and the memory carries its lease's name: so the next
 agent goes from door to door.
 
-Rules. Only before this agent lends anything itself: its own memory bears the same incarnation.
-What is found is truncated where it is found. What is seen and cannot be reached is reported, and so
-is every process whose doors are closed to us: in both cases nothing is proved.
+Rules. Memory that this agent lends bears the same incarnation: it looks for all of it only before
+it lends anything, and later for leases that are over. What is found is truncated where it is found.
+What is seen and cannot be reached is reported, and so is every process whose doors are closed to
+us: in both cases nothing is proved.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from services.nodeagent.devices.memory import NAME_PREFIX
+
+PROC: Final = Path("/proc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,30 +36,55 @@ class Orphan:
 
 
 @dataclass(frozen=True, slots=True)
+class Closed:
+    """A process that we have no right to look into."""
+
+    pid: int
+    """0: processes that `/proc` does not even show us."""
+    name: str
+    uids: frozenset[int]
+    """Real, effective, saved; empty: not known."""
+
+    def may_be(self, uid: int | None) -> bool:
+        """Whether it may be a process of this user; None: of whichever."""
+        return uid is None or not self.uids or uid in self.uids
+
+    def __str__(self) -> str:
+        if not self.pid:
+            return "processes that are hidden from us"
+        users = ",".join(str(uid) for uid in sorted(self.uids)) or "?"
+        return f"process {self.pid} ({self.name}) of user {users}"
+
+
+@dataclass(frozen=True, slots=True)
 class Orphans:
     found: tuple[Orphan, ...]
-    unreadable: tuple[tuple[int, int], ...]
-    """(process id, user id) of each process that we have no right to look into."""
+    closed: tuple[Closed, ...]
 
 
-def recover_leftovers(incarnation: str, proc: Path = Path("/proc")) -> Orphans:
-    """Truncate everything that an agent of this incarnation lent, wherever it is still held."""
+def recover_leftovers(
+    incarnation: str, proc: Path = PROC, only: Collection[str] | None = None
+) -> Orphans:
+    """Truncate what an agent of this incarnation lent, wherever it is still held.
+
+    `only`: of these leases; None: of all, which is for an agent that lends nothing yet.
+    """
     name = re.compile(rf"/memfd:{re.escape(NAME_PREFIX + incarnation)}:([0-9a-f]{{32}})\b")
     reached: dict[str, Orphan] = {}
     missed: dict[str, Orphan] = {}
-    unreadable = []
+    closed = [] if (proc / "1").exists() else [Closed(0, "", frozenset())]
     for process in _processes(proc):
         try:
             for lease_id, path in _doors(process, name):
-                if lease_id not in reached:
+                if lease_id not in reached and (only is None or lease_id in only):
                     orphan = _taken(lease_id, path)
                     (missed if orphan.fd is None else reached)[lease_id] = orphan
         except PermissionError:
-            unreadable.append((int(process.name), _uid(process)))
+            closed += _closed(process)
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked, and what it held went with it
     left = [orphan for lease_id, orphan in missed.items() if lease_id not in reached]
-    return Orphans((*reached.values(), *left), tuple(unreadable))
+    return Orphans((*reached.values(), *left), tuple(closed))
 
 
 def _processes(proc: Path) -> Iterator[Path]:
@@ -63,11 +93,23 @@ def _processes(proc: Path) -> Iterator[Path]:
             yield proc / name
 
 
-def _uid(process: Path) -> int:
+def _closed(process: Path) -> list[Closed]:
+    """It by name, from its status, which everybody may read; nothing if it has ended."""
     try:
-        return process.stat().st_uid
-    except FileNotFoundError:
-        return -1
+        text = (process / "status").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    except OSError:
+        return [Closed(int(process.name), "?", frozenset())]
+    fields = {name: rest.strip() for name, _, rest in _partitioned(text)}
+    if fields.get("State", "").startswith("Z") and fields.get("Threads") in ("0", "1"):
+        return []  # dead and not yet buried: it holds nothing
+    uids = frozenset(int(word) for word in fields.get("Uid", "").split()[:3])
+    return [Closed(int(process.name), fields.get("Name", "?"), uids)]
+
+
+def _partitioned(text: str) -> list[tuple[str, str, str]]:
+    return [line.partition(":") for line in text.splitlines()]
 
 
 def _doors(process: Path, name: re.Pattern[str]) -> Iterator[tuple[str, Path]]:
@@ -87,13 +129,18 @@ def _doors(process: Path, name: re.Pattern[str]) -> Iterator[tuple[str, Path]]:
 
 
 def _taken(lease_id: str, path: Path) -> Orphan:
+    """The process itself is named in the path: /proc/<pid>/fd/<n>."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        return Orphan(lease_id, None, os.strerror(error.errno or 0))
+        return Orphan(lease_id, None, _why(path, error))
     try:
         os.ftruncate(fd, 0)
     except OSError as error:
         os.close(fd)
-        return Orphan(lease_id, None, os.strerror(error.errno or 0))
+        return Orphan(lease_id, None, _why(path, error))
     return Orphan(lease_id, fd)
+
+
+def _why(path: Path, error: OSError) -> str:
+    return f"{errno.errorcode.get(error.errno or 0, 'unknown')} at {path}"

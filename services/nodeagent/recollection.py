@@ -81,6 +81,10 @@ class Recollection:
     def open_binds(self) -> tuple[BoundFacts, ...]:
         return tuple(self._bound.values())
 
+    @property
+    def fenced(self) -> tuple[BoundFacts, ...]:
+        return tuple(bound for bound, _ in self._fenced.values())
+
     def _fold(self, record: Record) -> None:
         lease_id, body = record.lease_id, record.body
         match record.kind:

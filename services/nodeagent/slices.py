@@ -17,14 +17,19 @@ from grafos_core.failure import invariant
 from grafos_core.lease import BLOCK_BYTES, Kind
 from grafos_core.node_effects import BoundFacts
 from grafos_core.teardown import Step
+from services.nodeagent import leftovers
 from services.nodeagent.devices.block import BlockDevice
 from services.nodeagent.devices.blocklease import BlockIdentity, create_tags, new_key, wipe
 from services.nodeagent.devices.memory import MemoryDevice
+from services.nodeagent.exports import Exports
+from services.runtime.clock import SYSTEM
 from services.runtime.faults import fault
 
 KEY_NUMBER: Final = 1
 """Of the first and, so far, only key of a lease."""
 NO_DESCRIPTOR: Final = -1
+LOOK_MS: Final = 250
+"""How long a look into every process counts; on a full machine it takes about as long."""
 
 Evidence = dict[str, int | str | bool]
 
@@ -38,9 +43,9 @@ class Held:
     tags_fd: int = NO_DESCRIPTOR
     key: bytearray | None = None
     exported: bool = False
-    """Control has agreed that its descriptor leaves the agent."""
+    """Its descriptor may have left the agent."""
     unreachable: str = ""
-    """Why it cannot be known whether its memory is gone; empty: it can."""
+    """Why it could not be known at the last look whether its memory is gone; empty: it could."""
 
     def close(self) -> None:
         for fd in (self.memory_fd, self.tags_fd):
@@ -53,11 +58,19 @@ class Slices:
     """The devices, and what is lent of them. Thread-safe."""
 
     def __init__(
-        self, incarnation: str, memory: MemoryDevice | None, block: BlockDevice | None
+        self,
+        incarnation: str,
+        memory: MemoryDevice | None,
+        block: BlockDevice | None,
+        exports: Exports | None = None,
     ) -> None:
+        """`exports` None: of a process that hands out nothing."""
         self._incarnation, self.memory, self.block = incarnation, memory, block
+        self._exports = exports
         self._lock = threading.Lock()
         self._held: dict[str, Held] = {}
+        self._looking = threading.Lock()
+        self._looked_ms = -LOOK_MS
 
     def held(self, lease_id: str) -> Held | None:
         return self._held.get(lease_id)
@@ -65,10 +78,21 @@ class Slices:
     def adopt(self, facts: BoundFacts, memory_fd: int | None, unreachable: str) -> None:
         """A lease of the boot before, with its memory where the warden or /proc still had it."""
         fd = NO_DESCRIPTOR if memory_fd is None else memory_fd
-        held = Held(facts, fd, exported=facts.may_export, unreachable=unreachable)
+        held = Held(facts, fd, exported=self.may_be_out(facts), unreachable=unreachable)
         with self._lock:
             invariant(facts.lease_id not in self._held, "a lease is adopted once")
             self._held[facts.lease_id] = held
+
+    def may_be_out(self, facts: BoundFacts) -> bool:
+        """Whether a descriptor of a lease of the boots before may be in a holder's hands."""
+        return facts.may_export and (self._exports is None or facts.lease_id in self._exports)
+
+    def export(self, held: Held) -> None:
+        """It counts as handed out, also for the agents after us. Only then may it leave."""
+        with self._lock:
+            if self._exports is not None:
+                self._exports.add(held.facts.lease_id)
+            held.exported = True
 
     def create(self, facts: BoundFacts) -> None:
         """Make the slice usable; on a failure nothing is left of it."""
@@ -117,6 +141,8 @@ class Slices:
         """One step; what it found."""
         fault(f"teardown.{step.value}")
         held = self._held.get(facts.lease_id) or Held(facts, exported=facts.may_export)
+        if held.unreachable:
+            self._look_again(held)
         if step is Step.REAP:
             return {"processes": 0}  # memory and blocks have none
         if step is Step.ERASE:
@@ -128,8 +154,25 @@ class Slices:
         """It is proved back: close what is left of it."""
         with self._lock:
             held = self._held.pop(lease_id, None)
+            if self._exports is not None:
+                self._exports.remove(lease_id)
         if held is not None:
             held.close()
+
+    def _look_again(self, held: Held) -> None:
+        """Who could not be asked may be gone by now. All such leases share one look."""
+        with self._looking:
+            if SYSTEM.boot_ms() - self._looked_ms < LOOK_MS:
+                return
+            with self._lock:
+                lost = {each.facts.lease_id: each for each in self._held.values()
+                        if each.unreachable}  # fmt: skip
+            facts = [each.facts for each in lost.values()]
+            result = leftovers.search(self._incarnation, facts, exports=lost)
+            self._looked_ms = SYSTEM.boot_ms()
+            for lease_id, each in lost.items():
+                each.memory_fd = result.memory.get(lease_id, NO_DESCRIPTOR)
+                each.unreachable = result.unreachable.get(lease_id, "")
 
     def _erase(self, held: Held) -> Evidence:
         facts = held.facts
@@ -137,7 +180,7 @@ class Slices:
             block = self._block()
             return {"erased": block.erase(facts.extent_offset, facts.amount)}
         if held.memory_fd == NO_DESCRIPTOR:
-            return {"erased": "nothing left"}
+            return {"erased": "not reached" if held.unreachable else "nothing left"}
         invariant(self.memory is not None, "memory was lent by a memory device")
         if self.memory is not None:
             self.memory.erase(held.memory_fd, scrub=facts.policy.scrub)

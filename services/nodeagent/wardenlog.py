@@ -178,9 +178,11 @@ class LivingWarden:
 
     def done(self, timeout_ms: int = FETCH_MS_MAX) -> None:
         """All of it is sealed: the warden closes what it holds, removes its files and ends."""
-        _, fds = self._ask({"op": "done"}, timeout_ms)
-        close_all(fds)
-        self._link.close()
+        try:
+            _, fds = self._ask({"op": "done"}, timeout_ms)
+            close_all(fds)
+        finally:
+            self._link.close()
 
     def close(self) -> None:
         self._link.close()

@@ -1,7 +1,7 @@
 """Golden scripts for the node agent's core: one command a line, effects as they are to be done.
 
 node [mem=65536] [block=64]            a fresh node, started, ready, heard (the default)
-restart open=a,b fences=c owed=d used=5 journal=a      after a crash, by what its records hold
+restart open=a,b fences=c owed=d used=5 journal=a kept=b   after a crash, by what its records hold
 at 5000 [wall=…]                       now; the wall clock is 1000000 later unless said
 bind a [epoch=1] [gen=1] [amount=4096] [offset=0] [ttl=10000] [end=…] [key=K] [session=s]
      [exit=keep] [stop=…] [reconnect=…] [kind=mem]
@@ -188,7 +188,7 @@ class Script:
                     one.use(0, 64, int(number))
         recovered = Recovered(
             epochs, tuple(binds), tuple(FenceFacts.of_cause(one, "erase: EIO") for one in fences),
-            receipts, WALL_MS,
+            receipts, WALL_MS, frozenset(lease_id(one) for one in options.get("kept", "")),
         )  # fmt: skip
         self.core = self._fresh(options, recovered)
         journal: dict[str, dict[str, int]] = {

@@ -49,8 +49,13 @@ class AgentUnderTest:
         self._holders: list[HolderSide] = []
         self._channels: list[grpc.Channel] = []
 
-    def start(self, *flags: str, fault: str = "", ready: bool = True) -> None:
-        """Started, and ready to bind unless the test wants to see it otherwise."""
+    def start(
+        self, *flags: str, fault: str = "", ready: bool = True, under: tuple[str, ...] = ()
+    ) -> None:
+        """Started, and ready to bind unless the test wants to see it otherwise.
+
+        `under`: a command that starts another one, with less than we have.
+        """
         read, write = os.pipe()
         arguments = [
             "--state-dir", str(self.state), "--identity-dir", str(self.identity),
@@ -59,7 +64,7 @@ class AgentUnderTest:
             "--ready-fd", str(write), "--mode", "development", "--log-level", "warning", *flags,
         ]  # fmt: skip
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "services.nodeagent", *arguments],
+            [*under, sys.executable, "-m", "services.nodeagent", *arguments],
             pass_fds=[write],
             env={**os.environ, "GRAFOS_FAULT": fault},
         )
@@ -162,7 +167,7 @@ class AgentUnderTest:
                         os.close(fd)
                 warden.done()
             except LinkClosed:
-                pass  # it had nothing to tell and went by itself
+                warden.close()  # it had nothing to tell and went by itself
 
     def _forget(self) -> None:
         for holder in self._holders:

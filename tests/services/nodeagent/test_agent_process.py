@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from grafos_core.failure import (
 )
 from grafos_core.lease import EndCause, Isolation, Kind, OnHolderExit, Policy
 from grafos_core.receipt import Assurance, Outcome
+from grafos_core.spiffe import holder_of_process
 from grafos_proto.v1 import lease_pb2, ledger_pb2, node_pb2
 from tests.services.nodeagent.agents import AgentUnderTest, agent_in, child_of
 from tests.services.nodeagent.collector import collector_of
 from tests.services.nodeagent.fabric import (
     LEDGER,
+    TRUST_DOMAIN,
     Fabric,
     HolderSide,
     Signer,
@@ -42,6 +45,9 @@ from tests.services.nodeagent.fabric import (
 )
 
 BLOCKS = 16
+STRANGER = 65_533
+BLIND = ("setpriv", "--bounding-set=-sys_ptrace")
+"""Root without the right to look into other users' processes."""
 
 
 @pytest.fixture(scope="module")
@@ -540,6 +546,40 @@ class TestWhenThingsDie:
             keeper.kill()
             keeper.communicate()
 
+    @pytest.mark.root
+    @pytest.mark.requires("setpriv")
+    def test_who_cannot_be_looked_into_fences_what_was_handed_out_and_nothing_else(
+        self, own: AgentUnderTest
+    ) -> None:
+        own.start()
+        named = holder_of_process(TRUST_DOMAIN, uid=STRANGER, pid=1, start_ticks=1)
+        alice = own.holder(own.fabric.people.make(named))
+        kept, out = bound(own, alice), own.fabric.token(alice.credentials)
+        answer = alice.bind(own.fabric.sign(out))
+        with keeping_as(STRANGER, answer, alice.session) as keeper:
+            warden, front = own.child("warden"), own.child("front")
+            os.kill(warden, signal.SIGKILL)
+            own.kill()
+            eventually(lambda: not Path(f"/proc/{front}").exists())
+            own.start(under=BLIND)
+            ended = own.fabric.ledger.receipt_of(kept.lease_id)
+            assert (ended.outcome, ended.assurance) == (Outcome.TORNDOWN, Assurance.FREED)
+            fenced = own.fabric.ledger.receipt_of(out.lease_id)
+            assert fenced.outcome is Outcome.FENCED
+            why = f"measure: IO: process {keeper.pid} (python3"
+            assert str(fenced.measured["cause"]).startswith(why)
+            own.kill()
+            own.start(under=BLIND)
+            probe = node_pb2.ProbeRequest(lease_id=out.lease_id)
+            assert not own.order("Probe", probe).clean, "a restart proves nothing either"
+            keeper.kill()
+        eventually(lambda: own.order("Probe", probe).clean)
+        order = own.fabric.clear_order(
+            lease_id=out.lease_id, node_id="n1", incarnation=fenced.incarnation,
+            epoch=out.epoch, nonce=secrets.token_hex(16),
+        )  # fmt: skip
+        assert own.order("Clear", node_pb2.NodeClearRequest(order=order)).stage == "sealed"
+
     def test_sigterm_takes_every_lease_back_with_its_receipt(self, own: AgentUnderTest) -> None:
         own.start()
         alice = own.holder()
@@ -716,6 +756,35 @@ def keeping(answer: node_pb2.BindResponse, session: str) -> subprocess.Popen[byt
     kept = subprocess.Popen(["sleep", "60"], pass_fds=[fd])
     os.close(fd)
     return kept
+
+
+@contextmanager
+def keeping_as(
+    uid: int, answer: node_pb2.BindResponse, session: str
+) -> Generator[subprocess.Popen[bytes], None, None]:
+    """The same as another user, who comes for the memory himself."""
+    folder, name = os.path.split(answer.handover_path)
+    program = (
+        "import json, socket, sys\n"
+        "sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        f"sock.connect({name!r})\n"
+        "sock.send(json.dumps({'v': 1, 'secret': sys.argv[1], 'session': sys.argv[2]}).encode())\n"
+        "packet, fds, _, _ = socket.recv_fds(sock, 4096, 4)\n"
+        "assert len(fds) == 1, packet\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-c", program, answer.handover_secret.hex(), session],
+        cwd=folder,
+        user=uid,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as keeper:
+        assert keeper.stdout is not None
+        assert keeper.stdout.readline() == b"held\n"
+        yield keeper
+        keeper.kill()
 
 
 def taken_back(agent: AgentUnderTest, holder: HolderSide, slip: Any) -> bool:
