@@ -30,7 +30,7 @@ from grafos._lease import LIVE, Grip, Lease, duration_ms
 from grafos._node import NodeLine
 from grafos._notice import Notice
 from grafos._pulse import Pulse
-from grafos._receipt import TeardownReceipt, from_slip
+from grafos._receipt import NodeKey, TeardownReceipt, from_slip
 from grafos_core import failure, lease
 from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
 from grafos_core.holder import HolderLease
@@ -135,6 +135,15 @@ class Fabric:
             if not page.next or page.next == after:
                 return
             after = page.next
+
+    def keys(self, *, node: str = "") -> list[NodeKey]:
+        """The public keys with which receipts are verified: of all nodes, or of this one.
+
+        Those of nodes that are gone are among them. They may be kept: whoever has a key can verify
+        a receipt without the fabric, with `receipt.verify(keys)`.
+        """
+        answer = self._ask("Keys", admission_pb2.KeysRequest(node_id=node), ANSWER_MS_MAX)
+        return [NodeKey(each.key_id, each.owner, each.use, each.public_key) for each in answer.keys]
 
     def revoke(
         self, *lease_ids: str, reason: str = "", grace: float | timedelta = 0

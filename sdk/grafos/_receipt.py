@@ -16,25 +16,39 @@ from grafos_core import failure
 
 if TYPE_CHECKING:
     from grafos_core.jws import Keys as CoreKeys
+    from grafos_core.receipt import TeardownReceipt as CoreReceipt
 
 NO_RECEIPT: Final = "unknown"
 """The outcome where the node could not be asked."""
 
 
 class VerificationKey(Protocol):
-    """What the control plane publishes of a key; `grafos.v1.VerificationKey` is one."""
+    """What is known of a public key; `NodeKey` and `grafos.v1.VerificationKey` are some."""
 
     @property
     def key_id(self) -> str: ...
 
     @property
-    def owner(self) -> str: ...
+    def owner(self) -> str:
+        """`<node id>/<incarnation>`, or the SPIFFE id of a node for all of its incarnations."""
 
     @property
     def use(self) -> str: ...
 
     @property
     def public_key(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NodeKey:
+    """With which a node signs its receipts, as the control plane publishes it."""
+
+    key_id: str
+    owner: str
+    """SPIFFE id of the node."""
+    use: str
+    public_key: bytes
+    """Ed25519, 32 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +78,11 @@ class TeardownReceipt:
     """The slip as the node signed it; empty where no receipt came."""
 
     def verify(self, keys: CoreKeys | Iterable[VerificationKey]) -> TeardownReceipt:
-        """This receipt, if it is signed by a key of the node and incarnation that it speaks of.
+        """This receipt, if it is signed by a key of the node that it speaks of.
+
+        Args:
+            keys: what `Fabric.keys()` gives; or keys kept from elsewhere. One whose owner names an
+                incarnation is believed for that incarnation alone.
 
         Raises:
             Denied: code RECEIPT; there is no signature, or it proves something else.
@@ -73,9 +91,10 @@ class TeardownReceipt:
 
         if not self.signed:
             raise failure.of("RECEIPT", "no receipt came", lease_id=self.lease_id, epoch=self.epoch)
-        if from_slip(self.signed, credited=self.credited) != self:
+        said = _claims(self.signed)
+        if _made_of(said, self.signed, credited=self.credited) != self:
             raise failure.of("RECEIPT", "it says something else than what was signed")
-        receipt.verify(self.signed, keys if isinstance(keys, jws.Keys) else _keys(keys))
+        receipt.verify(self.signed, keys if isinstance(keys, jws.Keys) else _keys(keys, said))
         return self
 
     @property
@@ -86,12 +105,19 @@ class TeardownReceipt:
 
 def from_slip(text: str, *, credited: bool) -> TeardownReceipt:
     """What a slip says, not verified yet."""
+    return _made_of(_claims(text), text, credited=credited)
+
+
+def _claims(text: str) -> CoreReceipt:
     from grafos_core import jws, receipt
 
     parts = jws.as_ascii(text).split(b".")
     if len(parts) != 3:
         raise failure.of("RECEIPT", "not a receipt")
-    found = receipt.TeardownReceipt.from_claims(jws.parse_canonical(jws.from_base64url(parts[1])))
+    return receipt.TeardownReceipt.from_claims(jws.parse_canonical(jws.from_base64url(parts[1])))
+
+
+def _made_of(found: CoreReceipt, text: str, *, credited: bool) -> TeardownReceipt:
     return TeardownReceipt(
         lease_id=found.lease_id,
         node_id=found.node_id,
@@ -111,13 +137,19 @@ def from_slip(text: str, *, credited: bool) -> TeardownReceipt:
     )
 
 
-def _keys(published: Iterable[VerificationKey]) -> CoreKeys:
-    from grafos_core import jws
+def _keys(published: Iterable[VerificationKey], said: CoreReceipt) -> CoreKeys:
+    """Those that may have signed what was said. A node's own word on which incarnation it was is
+    believed where its key is published for the node as such."""
+    from grafos_core import jws, spiffe, token
 
     keys = jws.Keys()
     for each in published:
-        if each.use == "receipt":
-            keys.add(jws.RECEIPT, each.key_id, _verifier(each.public_key), owner=each.owner)
+        if each.use != "receipt":
+            continue
+        owner = each.owner
+        if owner.startswith(spiffe.SCHEME) and owner.endswith(f"/node/{said.node_id}"):
+            owner = token.audience_of(said.node_id, said.incarnation)
+        keys.add(jws.RECEIPT, each.key_id, _verifier(each.public_key), owner=owner)
     return keys
 
 
@@ -125,7 +157,10 @@ def _verifier(public_key: bytes) -> Any:
     from cryptography.exceptions import InvalidSignature  # a slow import, for those who verify
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-    key = Ed25519PublicKey.from_public_bytes(public_key)
+    try:
+        key = Ed25519PublicKey.from_public_bytes(public_key)
+    except ValueError:
+        raise failure.of("RECEIPT", "what was given as a key is none") from None
 
     def verify(message: bytes, signature: bytes) -> bool:
         try:

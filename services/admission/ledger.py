@@ -89,6 +89,13 @@ class Ledger:
         found: lease_pb2.Lease = self._remote.call("Get", request, timeout_ms=LOOK_TIMEOUT_MS)
         return found
 
+    def receipt_keys(self) -> list[lease_pb2.VerificationKey]:
+        """With which the receipts of all nodes are verified, those of former nodes included."""
+        snapshot: ledger_pb2.SnapshotResponse = self._remote.call(
+            "Snapshot", ledger_pb2.SnapshotRequest(), timeout_ms=LOOK_TIMEOUT_MS
+        )
+        return [key for key in snapshot.keys if key.use == "receipt"]
+
     def pages(
         self, request: admission_pb2.ListLeasesRequest
     ) -> Iterator[admission_pb2.ListLeasesResponse]:

@@ -286,6 +286,15 @@ class AdmissionServicer(AdmissionServiceServicer):
                 response.leases.append(lease)
         return response
 
+    def Keys(
+        self, request: admission_pb2.KeysRequest, context: grpc.ServicerContext
+    ) -> admission_pb2.KeysResponse:
+        keys = self._ledger.receipt_keys()
+        if request.node_id:
+            spiffe.check_identifier(request.node_id, what="node id")
+            keys = [key for key in keys if spiffe.parse_id(key.owner).name == request.node_id]
+        return admission_pb2.KeysResponse(keys=keys)
+
     def Watch(
         self, request: admission_pb2.WatchLeasesRequest, context: grpc.ServicerContext
     ) -> Iterator[admission_pb2.WatchLeasesResponse]:

@@ -62,6 +62,7 @@ METHODS: Final[Mapping[str, Method]] = {
     _ADMISSION + "List": _reads(_H, _O, empty=True),
     _ADMISSION + "Watch": _listens(_H, _O),
     _ADMISSION + "Revoke": _writes(_H, _O),
+    _ADMISSION + "Keys": _reads(_H, _O, empty=True),
     _LEDGER + "Commit": _writes(_S, _O),
     _LEDGER + "Renew": _writes(_S),
     _LEDGER + "ReportBound": _writes(_N),

@@ -82,7 +82,18 @@ BLOCK = [
     "write_block",
     "write_blocks",
 ]
-FABRIC = ["close", "describe", "identity", "leases", "poll", "revoke", "start", "tenant", "tick"]
+FABRIC = [
+    "close",
+    "describe",
+    "identity",
+    "keys",
+    "leases",
+    "poll",
+    "revoke",
+    "start",
+    "tenant",
+    "tick",
+]
 
 
 def public(of: object) -> set[str]:

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ from grafos import (
 )
 from grafos._connection import Fabric
 from grafos_core import failure
-from tests.sdk.world import World
+from tests.sdk.world import NODE_ID, World
 
 EVENT_S = 10.0
 
@@ -110,9 +111,29 @@ class TestGivingBack:
             receipt.verify([])
         assert refused.value.code == "RECEIPT"
 
-    def test_a_receipt_that_was_changed_does_not_verify(self, world: World, fabric: Fabric) -> None:
-        from dataclasses import replace
+    def test_the_fabric_gives_out_the_keys_that_verify_it(
+        self, world: World, fabric: Fabric
+    ) -> None:
+        (own,) = world.control.keys()
+        own.owner = f"spiffe://test.local/node/{NODE_ID}"
+        world.admission.keys = [own]
+        receipt = take(fabric).release()
+        keys = fabric.keys(node=NODE_ID)
+        assert world.admission.requests("Keys")[-1].node_id == NODE_ID
+        assert receipt.verify(keys) is receipt
+        for foreign in (
+            replace(keys[0], owner="spiffe://test.local/node/n11"),
+            replace(keys[0], owner=f"spiffe://test.local/service/{NODE_ID}"),
+            replace(keys[0], owner=f"{NODE_ID}/{'cd' * 16}"),
+            replace(keys[0], use="seal"),
+            replace(keys[0], public_key=keys[0].public_key[::-1]),
+            replace(keys[0], public_key=b"short"),
+        ):
+            with pytest.raises(Denied) as refused:
+                receipt.verify([foreign])
+            assert refused.value.code == "RECEIPT"
 
+    def test_a_receipt_that_was_changed_does_not_verify(self, world: World, fabric: Fabric) -> None:
         receipt = take(fabric).release()
         for forged in (
             replace(receipt, assurance="freed"),

@@ -102,6 +102,7 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
         self.book, self.endpoint, self.descriptor = book, "", True
         self.before: Callable[[str], None] = lambda method: None
         self.calls: list[tuple[str, Any]] = []
+        self.keys: list[lease_pb2.VerificationKey] = []
         self.on_revoke: Callable[[str, str], None] = lambda lease_id, reason: None
 
     def _heard(self, method: str, request: Any) -> None:
@@ -180,6 +181,10 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
         for each in leases:
             self.on_revoke(each.lease_id, request.reason)
         return admission_pb2.RevokeResponse(leases=leases)
+
+    def Keys(self, request: Any, context: Any) -> Any:
+        self._heard("Keys", request)
+        return admission_pb2.KeysResponse(keys=self.keys)
 
     def Explain(self, request: Any, context: Any) -> Any:
         raise failure.of("VERSION", "not in this notebook")

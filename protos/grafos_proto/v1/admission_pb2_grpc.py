@@ -80,6 +80,11 @@ class AdmissionServiceStub:
                 request_serializer=grafos__proto_dot_v1_dot_admission__pb2.RevokeRequest.SerializeToString,
                 response_deserializer=grafos__proto_dot_v1_dot_admission__pb2.RevokeResponse.FromString,
                 _registered_method=True)
+        self.Keys = channel.unary_unary(
+                '/grafos.v1.AdmissionService/Keys',
+                request_serializer=grafos__proto_dot_v1_dot_admission__pb2.KeysRequest.SerializeToString,
+                response_deserializer=grafos__proto_dot_v1_dot_admission__pb2.KeysResponse.FromString,
+                _registered_method=True)
 
 
 class AdmissionServiceServicer:
@@ -146,6 +151,13 @@ class AdmissionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Keys(self, request, context):
+        """The public keys with which receipts of nodes are verified; also of nodes that are gone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdmissionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -193,6 +205,11 @@ def add_AdmissionServiceServicer_to_server(servicer, server):
                     servicer.Revoke,
                     request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.RevokeRequest.FromString,
                     response_serializer=grafos__proto_dot_v1_dot_admission__pb2.RevokeResponse.SerializeToString,
+            ),
+            'Keys': grpc.unary_unary_rpc_method_handler(
+                    servicer.Keys,
+                    request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.KeysRequest.FromString,
+                    response_serializer=grafos__proto_dot_v1_dot_admission__pb2.KeysResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -438,6 +455,33 @@ class AdmissionService:
             '/grafos.v1.AdmissionService/Revoke',
             grafos__proto_dot_v1_dot_admission__pb2.RevokeRequest.SerializeToString,
             grafos__proto_dot_v1_dot_admission__pb2.RevokeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Keys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grafos.v1.AdmissionService/Keys',
+            grafos__proto_dot_v1_dot_admission__pb2.KeysRequest.SerializeToString,
+            grafos__proto_dot_v1_dot_admission__pb2.KeysResponse.FromString,
             options,
             channel_credentials,
             insecure,

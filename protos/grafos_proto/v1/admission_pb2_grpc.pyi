@@ -48,6 +48,8 @@ class AdmissionServiceStub:
     """The caller's own leases (an operator: all), from a revision on."""
     Revoke: _grpc.UnaryUnaryMultiCallable[_admission_pb2.RevokeRequest, _admission_pb2.RevokeResponse]
     """By operators; a holder may revoke what is its own."""
+    Keys: _grpc.UnaryUnaryMultiCallable[_admission_pb2.KeysRequest, _admission_pb2.KeysResponse]
+    """The public keys with which receipts of nodes are verified; also of nodes that are gone."""
 
 @_typing.type_check_only
 class AdmissionServiceAsyncStub(AdmissionServiceStub):
@@ -68,6 +70,8 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     """The caller's own leases (an operator: all), from a revision on."""
     Revoke: _aio.UnaryUnaryMultiCallable[_admission_pb2.RevokeRequest, _admission_pb2.RevokeResponse]  # type: ignore[assignment]
     """By operators; a holder may revoke what is its own."""
+    Keys: _aio.UnaryUnaryMultiCallable[_admission_pb2.KeysRequest, _admission_pb2.KeysResponse]  # type: ignore[assignment]
+    """The public keys with which receipts of nodes are verified; also of nodes that are gone."""
 
 class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -139,5 +143,13 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_admission_pb2.RevokeResponse, _abc.Awaitable[_admission_pb2.RevokeResponse]]:
         """By operators; a holder may revoke what is its own."""
+
+    @_abc_1.abstractmethod
+    def Keys(
+        self,
+        request: _admission_pb2.KeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admission_pb2.KeysResponse, _abc.Awaitable[_admission_pb2.KeysResponse]]:
+        """The public keys with which receipts of nodes are verified; also of nodes that are gone."""
 
 def add_AdmissionServiceServicer_to_server(servicer: AdmissionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,7 +6,7 @@ import pytest
 
 from grafos_core.failure import FabricError
 from grafos_proto.v1 import admission_pb2, lease_pb2
-from tests.services.admission.world import Fabric, Watching, eventually
+from tests.services.admission.world import Fabric, PaperNode, Watching, eventually
 
 
 def test_everybody_sees_their_own_and_operators_all(shared: Fabric) -> None:
@@ -34,6 +34,24 @@ def test_another_process_of_the_same_local_user_sees_its_leases(shared: Fabric) 
     lease = first.acquire().lease
     assert shared.client("tenant/default/holder/uid-5/200-2").get(lease) == lease
     assert shared.client("tenant/default/holder/uid-6/300-3").leases() == []
+
+
+def test_whoever_holds_leases_may_have_the_keys_of_the_nodes(
+    fabric: Fabric, node: PaperNode
+) -> None:
+    """Also of a node that came after the first question, and of one that fell silent."""
+    holder, operator = fabric.holder(), fabric.client("operator/alice")
+    request = admission_pb2.KeysRequest()
+    before = list(holder("Keys", request).keys)
+    assert [(key.use, key.owner.rpartition("/")[2]) for key in before] == [("receipt", "n1")]
+    node.stop()
+    fabric.node("n2")
+    after = list(holder("Keys", request).keys)
+    assert list(operator("Keys", request).keys) == after
+    assert {key.owner.rpartition("/")[2] for key in after} == {"n1", "n2"}
+    assert list(holder("Keys", admission_pb2.KeysRequest(node_id="n1")).keys) == before
+    assert not holder("Keys", admission_pb2.KeysRequest(node_id="n3")).keys
+    assert holder.refused("Keys", admission_pb2.KeysRequest(node_id="../x")).code == "IDENTIFIER"
 
 
 @pytest.mark.parametrize("limit", [10_001, 2**32 - 1])
