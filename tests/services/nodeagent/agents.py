@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
+from grafos_core import failure
+from grafos_core.failure import Degraded, FabricError
 from grafos_core.spiffe import Identity
 from grafos_proto.v1 import node_pb2, node_pb2_grpc
 from grafos_proto.wire import failures
@@ -30,6 +36,7 @@ from tests.services.nodeagent.fabric import (
     Fabric,
     HolderSide,
     eventually,
+    now_ms,
 )
 
 MEMORY_BYTES, BLOCK_BYTES = 1 << 26, 1 << 22
@@ -196,3 +203,45 @@ def agent_in(fabric: Fabric, folder: Path) -> Iterator[AgentUnderTest]:
         yield agent
     finally:
         agent.close()
+
+
+def code_of(expected: type[FabricError], call: Any, *arguments: Any) -> str:
+    with pytest.raises(expected) as refusal:
+        call(*arguments)
+    return refusal.value.code
+
+
+def bound(agent: AgentUnderTest, holder: HolderSide, **changes: Any) -> Any:
+    slip = agent.fabric.token(holder.credentials, **changes)
+    holder.bind(agent.fabric.sign(slip))
+    return slip
+
+
+def renewed(agent: AgentUnderTest, slip: Any, **changes: Any) -> tuple[Any, str]:
+    at_ms = now_ms()
+    fields = {
+        "generation": slip.generation + 1, "lease_end_ms": at_ms + 60_000,
+        "iat_ms": at_ms // 1000 * 1000, "nbf_ms": at_ms // 1000 * 1000, "exp_ms": at_ms + 30_000,
+        "jti": secrets.token_hex(16),
+    }  # fmt: skip
+    later = replace(slip, **{**fields, **changes})
+    return later, agent.fabric.sign(later)
+
+
+def fetched(sock: socket.socket, answer: node_pb2.BindResponse, session: str) -> int:
+    """The descriptor, or -1 where there is none to have."""
+    sock.settimeout(5)
+    sock.connect(answer.handover_path)
+    secret = answer.handover_secret.hex()
+    sock.send(json.dumps({"v": 1, "secret": secret, "session": session}).encode())
+    packet, fds, _, _ = socket.recv_fds(sock, 4096, 4)
+    assert json.loads(packet)["descriptor"] is bool(fds)
+    return fds[0] if fds else -1
+
+
+def tried(call: Any) -> Any:
+    """What `call` gives, or nothing while it fails for reasons that pass."""
+    try:
+        return call()
+    except (failure.Disconnected, failure.InternalError, Degraded):
+        return None
