@@ -89,7 +89,19 @@ class Builder(Generic[L]):
         return self._with(ttl_ms=ttl_ms)
 
     def wait(self, duration: float | timedelta) -> Self:
-        """How long to wait for capacity, at the most 10 minutes; by default not at all."""
+        """How long `acquire` may wait for room; by default not at all.
+
+        It waits for capacity and quota that are in use, and for a node that is coming up (which is
+        waited for up to 3 s by default). What can never fit is refused at once all the same.
+
+        Args:
+            duration: in seconds, whole or not, or a timedelta; 0 to 600 s. It is kept in
+                milliseconds; 0 also gives up the wait for a node.
+
+        Raises:
+            Incompatible: code RANGE, it is negative or longer than 600 s; code INVALID, it is
+                neither a number nor a timedelta.
+        """
         wait_ms = duration_ms(duration, "wait")
         if wait_ms > WAIT_MS_MAX:
             raise failure.of("RANGE", f"wait: at most {WAIT_MS_MAX // 1000} s")

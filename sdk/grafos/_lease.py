@@ -169,11 +169,17 @@ class Lease:
 
     @property
     def valid(self) -> bool:
-        """Whether an operation may begin now, as far as is known here."""
+        """Whether an operation may begin now, by what is known and what has arrived here.
+
+        Asks nobody, never waits, and runs no callbacks.
+        """
+        self._listen()
         return self._end is None and boot_ns() < self._until_ns and not self._fabric.is_forked
 
     @property
     def status(self) -> LeaseStatus:
+        """What the holder believes, by what is known and what has arrived here; see `valid`."""
+        self._listen()
         end = self._end
         if end is not None:
             return _status_of(end)
@@ -320,6 +326,11 @@ class Lease:
         )
 
     # What operations and the connection use. Not for users.
+
+    def _listen(self) -> None:
+        """Hear notices that have arrived, without the callbacks that they are for."""
+        if self._end is None and not self._fabric.is_forked:
+            self._grip.node.listen()
 
     def _look(self) -> None:
         """Before an operation, when it has not been done for a while: is there news, is it over?"""

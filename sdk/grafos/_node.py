@@ -163,6 +163,12 @@ class NodeLine:
         self._open_stream()
         return None
 
+    def listen(self) -> None:
+        """Pass on what has arrived from the node. Sends nothing, opens nothing, never waits."""
+        session = self._session
+        if session is not None:
+            session.poll()
+
     def poll(self) -> None:
         """Pass on what the node has said; open a broken session anew. Never waits."""
         session = self._session

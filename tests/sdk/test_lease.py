@@ -33,6 +33,7 @@ from grafos import (
     Revoked,
 )
 from grafos._connection import Fabric
+from grafos._session import LocalSession
 from grafos_core import failure
 from tests.sdk.world import NODE_ID, World
 
@@ -436,6 +437,33 @@ class TestLoss:
             )  # fmt: skip
             assert lease.valid
             assert lease.mem().read(0, 1) == b"\0"
+
+    @pytest.mark.parametrize("seen", ["valid", "status"])
+    def test_an_end_that_has_arrived_is_known_without_a_use(
+        self, seen: str, world: World, fabric: Fabric
+    ) -> None:
+        lease, heard = take(fabric), list[Notice]()
+        lease.on_notice(heard.append)
+        lease.mem().read(0, 1)
+        world.control.end(lease.lease_id, failure.of("REVOKED"), "revoked")
+        if seen == "valid":
+            eventually(lambda: not lease.valid)
+        else:
+            eventually(lambda: lease.status is LeaseStatus.REVOKED)
+        assert (lease.valid, lease.status) == (False, "revoked")
+        assert not heard
+        fabric.poll()
+        assert [each.kind for each in heard] == ["revoked"]
+
+    def test_looking_at_a_lease_waits_for_nobody(self, fabric: Fabric) -> None:
+        lease = take(fabric)
+        session = lease._grip.node._session
+        assert isinstance(session, LocalSession)
+        with session._lock:  # as while another thread is handed a lease over
+            began = time.monotonic()
+            assert (lease.valid, lease.status) == (True, "active")
+            assert time.monotonic() - began < 0.5
+        lease.release()
 
     def test_callbacks_run_at_an_operation(self, world: World, fabric: Fabric) -> None:
         heard: list[Notice] = []

@@ -1,24 +1,36 @@
 """`grafos fence`: slices whose teardown failed, and giving them back after somebody has looked.
 
 Rules. A fenced slice serves nobody until its node has measured it anew, or an operator takes what
-may be left in it upon himself. Either way it is recorded who cleared it, and why.
+may be left in it upon himself. Either way it is recorded who cleared it, and why. `probe` and
+`clear` answer the same question, whether the slice is clean, with the same exit status.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING, Final
 
 from grafos import _clock
 from grafos._cli import output
-from grafos._cli.exits import FAILED, OK
+from grafos._cli.exits import FAILED, OK, TIMEOUT, exit_status, explained, together
 from grafos._cli.lease import size
 from grafos._cli.nouns import Tree
 from grafos._cli.output import Column, Listing, Row
 from grafos_core import failure
+from grafos_core.failure import Disconnected, FabricError
+
+if TYPE_CHECKING:
+    from grafos._cli.operator import Operator
+    from grafos_proto.v1 import lease_pb2
 
 CLEAR_MS_MAX = 10_000
 LOOK_MS = 100
+EPILOG: Final = (
+    "Exit status: 0 when the slice is clean (clear: and free; with --no-wait: the order is given), "
+    "1 when it was measured and is not clean, 3 when it is not fenced, 5 when its node has not "
+    "measured it in time. Of several: what those that are not 0 have in common, else 1."
+)
 
 
 def register(tree: Tree) -> None:
@@ -30,9 +42,11 @@ def register(tree: Tree) -> None:
     describe.add_argument("lease_id", help="or the beginning of it")
     describe.add_argument("-o", "--output", choices=("table", "json"), default="table")
     probe = noun.verb("probe", "let the node measure a slice again; frees nothing", _probe)
+    probe.epilog = EPILOG
     probe.add_argument("lease_id", help="or the beginning of it")
     probe.add_argument("-o", "--output", choices=("table", "json"), default="table")
     clear = noun.verb("clear", "have it torn down and measured once more, then freed", _clear)
+    clear.epilog = EPILOG
     clear.add_argument("lease_id", nargs="+", help="or the beginning of it")
     clear.add_argument("--reason", required=True, help="recorded with your name")
     clear.add_argument(
@@ -59,9 +73,7 @@ def _describe(given: argparse.Namespace) -> int:
     from grafos._cli.operator import Operator, lease_row
 
     with Operator(given) as operator:
-        row = lease_row(operator.lease(given.lease_id))
-    if row["state"] != "fenced":
-        raise failure.of("NOT_FOUND", f"lease {row['lease_id']} is {row['state']}, not fenced")
+        row = lease_row(_fenced(operator, given.lease_id))
     if given.output == "json":
         print(json.dumps(row, sort_keys=True))
         return OK
@@ -77,53 +89,94 @@ def _describe(given: argparse.Namespace) -> int:
 
 def _probe(given: argparse.Namespace) -> int:
     from grafos._cli.operator import Operator
-    from grafos_proto.v1 import node_pb2
 
     with Operator(given) as operator:
-        lease = operator.lease(given.lease_id)
-        request = node_pb2.ProbeRequest(lease_id=lease.lease_id)
-        found = operator.node(lease.node_id, "Probe", request)
-    evidence = dict(found.evidence)
+        lease = _fenced(operator, given.lease_id)
+        try:
+            clean, evidence = _measured(operator, lease)
+        except Disconnected as refused:
+            output.progress(f"grafos: {explained(refused)}")
+            return TIMEOUT
     if given.output == "json":
-        print(json.dumps({"clean": found.clean, "evidence": evidence}, sort_keys=True))
+        print(json.dumps({"clean": clean, "evidence": evidence}, sort_keys=True))
     else:
-        verdict = "clean: a clear would succeed now" if found.clean else "not clean"
+        verdict = "clean: a clear would succeed now" if clean else "not clean"
         print(output.facts([("verdict", verdict), *sorted(evidence.items())]), end="")
-    return OK if found.clean else FAILED
+    return OK if clean else FAILED
 
 
 def _clear(given: argparse.Namespace) -> int:
-    from grafos._cli.operator import Operator, new_request_id
-    from grafos_proto.v1 import ledger_pb2
+    from grafos._cli.operator import Operator
 
-    status = OK
     with Operator(given) as operator:
-        for lease_id in [operator.lease(text).lease_id for text in given.lease_id]:
-            order = ledger_pb2.ClearFence(
-                request_id=new_request_id(), lease_id=lease_id, reason=given.reason,
-                accept_residue=given.i_accept_residue,
-            )  # fmt: skip
-            operator.commit(ledger_pb2.Command(clear=order))
-            if given.no_wait:
-                print(f"{lease_id} clear ordered")
-                continue
-            state = _wait_cleared(operator, lease_id)
-            print(f"{lease_id} {state}")
-            status = OK if state == "released" else FAILED
+        named = [_fenced(operator, text) for text in given.lease_id]
+        return together([_clear_one(operator, lease, given) for lease in named])
+
+
+def _clear_one(operator: Operator, lease: lease_pb2.Lease, given: argparse.Namespace) -> int:
+    """Order it and tell what came of it; the exit status for this one."""
+    try:
+        _order(operator, lease.lease_id, given)
+        if given.no_wait:
+            told, status = "clear ordered", OK
+        else:
+            told, status = _outcome(operator, lease)
+    except FabricError as refused:
+        output.progress(f"grafos: {lease.lease_id}: {explained(refused)}")
+        return exit_status(refused)
+    print(f"{lease.lease_id} {told}")
     return status
 
 
-def _wait_cleared(operator: object, lease_id: str) -> str:
-    """The state that the order has led to, or `fenced` when it has not in time."""
-    from grafos._cli.operator import STATE_NAMES, Operator
+def _order(operator: Operator, lease_id: str, given: argparse.Namespace) -> None:
+    from grafos._cli.operator import new_request_id
+    from grafos_proto.v1 import ledger_pb2
 
-    assert isinstance(operator, Operator)
+    order = ledger_pb2.ClearFence(
+        request_id=new_request_id(), lease_id=lease_id, reason=given.reason,
+        accept_residue=given.i_accept_residue,
+    )  # fmt: skip
+    operator.commit(ledger_pb2.Command(clear=order))
+
+
+def _outcome(operator: Operator, lease: lease_pb2.Lease) -> tuple[str, int]:
+    """Released, or why not: the node finds that it is not clean, or has not answered."""
+    from grafos._cli.operator import STATE_NAMES
+
     until_ms = _clock.boot_ms() + CLEAR_MS_MAX
     while True:
-        state = STATE_NAMES[operator.lease(lease_id).state]
-        if state == "released" or _clock.boot_ms() >= until_ms:
-            return state
+        state = STATE_NAMES[operator.lease(lease.lease_id).state]
+        if state == "released":
+            return state, OK
+        if _clock.boot_ms() >= until_ms:
+            break
         _clock.sleep_ms(LOOK_MS)
+    try:
+        clean, _ = _measured(operator, lease)
+    except Disconnected:
+        return f"{state}: its node does not answer; the order stands", TIMEOUT
+    if clean:
+        return f"{state}: clean, but not free yet; the order stands", TIMEOUT
+    return f"{state}: not clean", FAILED
+
+
+def _fenced(operator: Operator, text: str) -> lease_pb2.Lease:
+    from grafos._cli.operator import STATE_NAMES
+
+    lease = operator.lease(text)
+    state = STATE_NAMES[lease.state]
+    if state != "fenced":
+        raise failure.of("NOT_FOUND", f"lease {lease.lease_id} is {state}, not fenced")
+    return lease
+
+
+def _measured(operator: Operator, lease: lease_pb2.Lease) -> tuple[bool, dict[str, str]]:
+    """Whether the node finds the slice clean, and what it measured."""
+    from grafos_proto.v1 import node_pb2
+
+    request = node_pb2.ProbeRequest(lease_id=lease.lease_id)
+    found = operator.node(lease.node_id, "Probe", request)
+    return found.clean, dict(found.evidence)
 
 
 def _since(row: Row) -> str:

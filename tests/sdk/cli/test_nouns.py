@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from grafos import BlockBuilder, Fenced, MemBuilder, RateLimited, Revoked
+from grafos._cli import exits, main
 from grafos._local import LocalFabric, local_fabric
 from tests.sdk.cli.conftest import Cli
 from tests.sdk.cluster.stand import eventually
@@ -37,6 +39,12 @@ def ask(cli: Cli, fabric: LocalFabric) -> Cli:
         )  # fmt: skip
 
     return run
+
+
+def restarted_with(fabric: LocalFabric, name: str, fault: str) -> None:
+    fabric.set_fault(name, fault)
+    fabric.wait_replaced(name, fabric.kill(name))
+    fabric.wait_ready()
 
 
 def test_a_lease_is_listed_described_and_revoked_with_its_reason(ask: Cli) -> None:
@@ -116,14 +124,42 @@ def test_a_fence_is_listed_probed_and_cleared_only_when_the_slice_is_clean(
     assert "cause:" in ask("fence", "describe", lease.lease_id).stdout
     dirty = ask("fence", "clear", lease.lease_id, "--reason", "too early", "--no-wait")
     assert dirty.returncode == 0, dirty.stderr
+    assert ask("fence", "probe", lease.lease_id).returncode == exits.FAILED
+    dirty = ask("fence", "clear", lease.lease_id, "--reason", "too early")
+    assert (dirty.returncode, dirty.stdout) == (
+        exits.FAILED,
+        f"{lease.lease_id} fenced: not clean\n",
+    )
     assert ask("fence", "list", "-o", "name").stdout.split() == [lease.lease_id]
-    fabric.set_fault("node-n2", "")
-    fabric.kill("node-n2")
-    fabric.wait_ready()
+    restarted_with(fabric, "node-n2", "")
     done = ask("fence", "clear", lease.lease_id, "--reason", "the device works again")
     assert done.returncode == 0, done.stderr + done.stdout
     assert done.stdout == f"{lease.lease_id} released\n"
     assert ask("fence", "list", "-o", "name").stdout == ""
+    for words in (("describe",), ("probe",), ("clear", "--reason", "once more")):
+        assert ask("fence", words[0], lease.lease_id, *words[1:]).returncode == exits.NOT_FOUND
+
+
+def test_a_node_that_does_not_answer_is_told_from_a_slice_that_is_not_clean(
+    fabric: LocalFabric, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restarted_with(fabric, "node-n2", "memory.erase:EIO")
+    lease = MemBuilder().min_bytes(MIB).where(node="n2").acquire()
+    with pytest.raises(Fenced):
+        lease.release()
+    monkeypatch.setenv("GRAFOS_RUN_DIR", str(fabric.layout.run))
+    monkeypatch.setenv("GRAFOS_STATE_DIR", str(fabric.layout.state))
+    monkeypatch.setenv("GRAFOS_TIMEOUT_S", "1")
+    monkeypatch.setattr("grafos._cli.fence.CLEAR_MS_MAX", 500)
+    fabric.set_fault("node-n2", "")
+    agent = fabric.kill("node-n2", signal.SIGSTOP)
+    assert main(["fence", "probe", lease.lease_id]) == exits.TIMEOUT
+    assert main(["fence", "clear", lease.lease_id, "--reason", "drill"]) == exits.TIMEOUT
+    assert "the order stands" in capsys.readouterr().out
+    fabric.kill("node-n2")
+    fabric.wait_replaced("node-n2", agent)
+    fabric.wait_ready()
+    eventually(lambda: main(["fence", "describe", lease.lease_id]) == exits.NOT_FOUND)
 
 
 def test_exported_chains_are_verified_without_the_fabric_and_a_changed_byte_is_found(
