@@ -125,6 +125,17 @@ class Gate:
             raise refused("SLOT_BUSY", token, "an earlier epoch of this lease is not torn down")
         self._check_room(token)
 
+    def holds(self, token: LeaseToken, holder_key: str) -> bool:
+        """Whether exactly this is bound: to ask for it once more then changes nothing."""
+        standing = self._slices.get(LeaseId(token.lease_id))
+        if standing is None or not standing.is_open:
+            return False
+        self._check_scope(token, holder_key)
+        return standing == Slice(
+            LeaseId(token.lease_id), token.kind, token.epoch, token.generation, token.amount,
+            token.extent_offset, holder_key,
+        )  # fmt: skip
+
     def _check_scope(self, token: LeaseToken, holder_key: str) -> None:
         if (token.node_id, token.incarnation) != (self._node_id, self._incarnation):
             raise refused("TOKEN_AUDIENCE", token)
@@ -226,6 +237,14 @@ class Gate:
         standing = self._slices[LeaseId(lease_id)]
         invariant(standing.is_open, "what is closed is not renewed")
         invariant(generation > standing.generation, "generations only rise")
+        self._slices[standing.lease_id] = replace(
+            standing, generation=generation, holder_key=holder_key
+        )
+
+    def take_back_generation(self, lease_id: str, generation: int, holder_key: str) -> None:
+        """What `raise_generation` announced does not take place: the same may be asked again."""
+        standing = self._slices[LeaseId(lease_id)]
+        invariant(generation <= standing.generation, "only what was announced is taken back")
         self._slices[standing.lease_id] = replace(
             standing, generation=generation, holder_key=holder_key
         )

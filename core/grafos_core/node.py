@@ -177,6 +177,8 @@ class NodeCore(Endings):
         """Bind a verified token for the holder with this key, if nothing stands against it."""
         effects = self.tick(now)
         try:
+            if self._is_again(token, holder_key, session):
+                return effects + self._again(request, token, session, now)
             remaining_ms = self._admit(token, holder_key, now)
         except FabricError as refusal:
             return [*effects, Answer(request, refusal)]
@@ -184,13 +186,50 @@ class NodeCore(Endings):
         facts = BoundFacts.of_token(token)
         lease = NodeLease(
             facts, Phase.CREATING, heappop(self._slots), now.boot_ms + remaining_ms, session,
-            keep=facts.policy.on_holder_exit is OnHolderExit.KEEP, bind_request=request,
+            keep=facts.policy.on_holder_exit is OnHolderExit.KEEP, bind_requests=[request],
         )  # fmt: skip
         self._leases[facts.lease_id] = lease
         self._timers.set((facts.lease_id, Wake.DEADLINE), lease.deadline_ms)
         body = facts.body() | {"jti": token.jti, "remaining_ms": remaining_ms}
         record = self._persist((EventKind.AGENT_BOUND, lease, body | self._floor_of(facts.kind)))
         return [*effects, record, CreateDevice(facts.lease_id, facts)]
+
+    def _is_again(self, token: LeaseToken, holder_key: str, session: str) -> bool:
+        """Whether what is asked for was given, or is about to be, to the same holder in the same
+        session: then the answer was lost, or is late."""
+        lease = self._leases.get(LeaseId(token.lease_id))
+        if lease is None or not session or not self._gate.holds(token, holder_key):
+            return False
+        if lease.facts.generation == token.generation:
+            return lease.session == session
+        return any(raised.session == session for raised in self._raises_to(lease, token))
+
+    def _raises_to(self, lease: NodeLease, token: LeaseToken) -> list[Raise]:
+        return [each for each in lease.raises if each.token.generation == token.generation]
+
+    def _again(
+        self, request: RequestId, token: LeaseToken, session: str, now: Instant
+    ) -> list[Effect]:
+        """Answered as before, at once or together with those who asked first."""
+        lease = self._leases[LeaseId(token.lease_id)]
+        if lease.cause is not None:
+            return [Answer(request, lease.failure())]
+        if lease.facts.generation != token.generation:
+            return self._join_raise(request, lease, token)
+        if lease.phase is Phase.LIVE:
+            return [Answer(request, Bound(lease.facts, lease.slot, lease.remaining_ms(now)))]
+        if len(lease.bind_requests) >= self._limits.waiters_max:
+            raise refused("RATE", token, "too many wait for this bind")
+        lease.bind_requests.append(request)
+        return []
+
+    def _join_raise(self, request: RequestId, lease: NodeLease, token: LeaseToken) -> list[Effect]:
+        for at, raised in enumerate(lease.raises):
+            if raised.token.generation == token.generation:
+                if len(raised.requests) >= self._limits.waiters_max:
+                    raise refused("RATE", token, "too many wait for this attach")
+                lease.raises[at] = replace(raised, requests=(*raised.requests, request))
+        return []
 
     def _floor_of(self, kind: Kind) -> dict[str, int]:
         epochs = self._gate.epochs(kind)
@@ -234,8 +273,8 @@ class NodeCore(Endings):
         lease = self._leases.get(LeaseId(lease_id))
         if lease is None or lease.phase is not Phase.CREATING:
             return effects
-        request, lease.bind_request = lease.bind_request, None
-        answer: list[Effect] = [] if request is None else [Answer(request, problem)]
+        requests, lease.bind_requests = lease.bind_requests, []
+        answer: list[Effect] = [Answer(request, problem) for request in requests]
         if not clean:
             lease.move(Phase.HOLDING)
             return effects + self._end(lease, EndCause.BIND_FAILED, problem.code, now) + answer
@@ -260,10 +299,9 @@ class NodeCore(Endings):
         self._watch_contact(lease, now)
         effects.append(OpenGate(lease.lease_id, lease.slot, lease.epoch, lease.deadline_ms))
         effects += self._open_front(lease, now)
-        request, lease.bind_request = lease.bind_request, None
+        requests, lease.bind_requests = lease.bind_requests, []
         bound = Bound(lease.facts, lease.slot, lease.remaining_ms(now))
-        if request is not None:
-            effects.append(Answer(request, bound))
+        effects += [Answer(request, bound) for request in requests]
         return [*effects, self._report(lease)]
 
     def _report(self, lease: NodeLease) -> ReportBound:
@@ -312,6 +350,8 @@ class NodeCore(Endings):
         """Give a live lease to the holder of this token of a higher generation."""
         effects = self.tick(now)
         try:
+            if self._is_again(token, holder_key, session):
+                return effects + self._again(request, token, session, now)
             lease = self._raisable(token, holder_key)
             self._check_raise(lease, token, self._generation(lease))
             self._check_open(token, now)
@@ -357,7 +397,7 @@ class NodeCore(Endings):
         self._gate.raise_generation(lease.lease_id, token.generation, token.holder_thumbprint)
         before_ms = lease.raises[-1].deadline_ms if lease.raises else lease.deadline_ms
         deadline_ms = max(before_ms, now.boot_ms + self._remaining_ms(token, now))
-        lease.raises.append(Raise(request, token, deadline_ms, session))
+        lease.raises.append(Raise((request,), token, deadline_ms, session))
         return [WardenRaise(lease.lease_id, deadline_ms)]
 
     def warden_raised(self, lease_id: str, deadline_ms: int | None, now: Instant) -> list[Effect]:
@@ -383,7 +423,7 @@ class NodeCore(Endings):
         body = {"generation": token.generation, "lease_end_ms": token.lease_end_ms}
         record = self._persist((EventKind.AGENT_EXTENDED, lease, body))
         answer = Extended(lease.remaining_ms(now), token.generation)
-        return [record, opened, Answer(raised.request, answer)]
+        return [record, opened, *(Answer(request, answer) for request in raised.requests)]
 
     def _attached(
         self, lease: NodeLease, raised: Raise, session: str, opened: OpenGate, now: Instant
@@ -403,11 +443,19 @@ class NodeCore(Endings):
             effects.append(Notify(lease.lease_id, former, "fenced", "another holder attached"))
         effects += self._open_front(lease, now)
         bound = Bound(lease.facts, lease.slot, lease.remaining_ms(now))
-        return [*effects, Answer(raised.request, bound), self._report(lease)]
+        effects += [Answer(request, bound) for request in raised.requests]
+        return [*effects, self._report(lease)]
 
     def _refuse_raises(self, lease: NodeLease, code: str, detail: str) -> list[Effect]:
         waiting, lease.raises = lease.raises, []
-        return [Answer(one.request, refused(code, one.token, detail)) for one in waiting]
+        if waiting:
+            facts = lease.facts
+            self._gate.take_back_generation(lease.lease_id, facts.generation, facts.holder_key)
+        return [
+            Answer(request, refused(code, one.token, detail))
+            for one in waiting
+            for request in one.requests
+        ]
 
     # The holder goes, or lets go
 

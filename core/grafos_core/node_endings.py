@@ -329,10 +329,9 @@ class Endings:
         return Teardown(now.boot_ms, now.wall_ms, stage, limit, attempt)
 
     def _refuse_pending(self, lease: NodeLease) -> list[Effect]:
-        requests = [raised.request for raised in lease.raises]
-        if lease.bind_request is not None:
-            requests.append(lease.bind_request)
-        lease.raises, lease.bind_request = [], None
+        requests = [request for raised in lease.raises for request in raised.requests]
+        requests += lease.bind_requests
+        lease.raises, lease.bind_requests = [], []
         return [Answer(request, lease.failure()) for request in requests]
 
     def _notice(self, lease: NodeLease) -> list[Effect]:

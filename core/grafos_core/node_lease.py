@@ -90,7 +90,8 @@ NOTICE_OF_CAUSE: Final[Mapping[EndCause, str]] = {
 class Raise:
     """A renewal or an attach that waits for the warden's word."""
 
-    request: RequestId
+    requests: tuple[RequestId, ...]
+    """Of an attach, all that asked for the same."""
     token: LeaseToken
     deadline_ms: int
     session: str | None
@@ -136,7 +137,8 @@ class NodeLease:
     """Of the holder; empty: it has none at the moment."""
     keep: bool = False
     """It outlives its holder."""
-    bind_request: RequestId | None = None
+    bind_requests: list[RequestId] = field(default_factory=list)
+    """All that asked for the same bind; empty once they are answered."""
     raises: list[Raise] = field(default_factory=list)
     revoking: bool = False
     """A revocation's grace is running; nothing prolongs the lease any more."""

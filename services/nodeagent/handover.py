@@ -68,25 +68,30 @@ class Offer:
 
 
 class Offers:
-    """Secrets that were given out and not used yet. Thread-safe."""
+    """Secrets that were given out and not used yet, one per lease. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._offers: dict[bytes, Offer] = {}
+        self._latest: dict[str, bytes] = {}
+        """By lease."""
 
     def add(self, offer: Offer, now_ms: int) -> bytes:
+        """A secret for it; an earlier one for the same lease is void from now on."""
         secret = secrets.token_bytes(SECRET_BYTES)
         with self._lock:
             self._forget_old(now_ms)
+            self._offers.pop(self._latest.pop(offer.lease_id, b""), None)
             if len(self._offers) >= OFFERS_MAX:
                 raise failure.of("RATE", "too many hand-overs wait", retry_after_ms=SECRET_MS)
             self._offers[secret] = offer
+            self._latest[offer.lease_id] = secret
         return secret
 
     def redeem(self, secret: bytes, session: str, *, uid: int, now_ms: int) -> Offer:
         """What `secret` was good for; it is used up by the first who shows it, right or wrong."""
         with self._lock:
-            offer = self._offers.pop(secret, None)
+            offer = self._forget(secret)
         if offer is None or now_ms >= offer.until_ms or session != offer.session:
             raise failure.of("HOLDER_MISMATCH", "the secret is not good, or not any more")
         if offer.uid not in (None, uid):
@@ -97,7 +102,13 @@ class Offers:
         for secret, offer in list(self._offers.items()):
             if offer.until_ms > now_ms:
                 break
-            del self._offers[secret]
+            self._forget(secret)
+
+    def _forget(self, secret: bytes) -> Offer | None:
+        offer = self._offers.pop(secret, None)
+        if offer is not None:
+            self._latest.pop(offer.lease_id, None)
+        return offer
 
 
 class Desk(Protocol):

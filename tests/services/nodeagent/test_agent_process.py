@@ -189,6 +189,23 @@ class TestTokens:
         assert code_of(Incompatible, second.attach, text) == "LEASE_BOUND"
         alice.release(slip)
 
+    def test_p4_a_bind_whose_answer_was_lost_is_asked_for_again_and_answered(
+        self, running: AgentUnderTest, fabric: Fabric, alice: HolderSide
+    ) -> None:
+        slip = fabric.token(alice.credentials)
+        text = fabric.sign(slip)
+        first, second = alice.bind(text), alice.bind(text)
+        assert (second.lease_id, second.generation, second.size_bytes) == (
+            first.lease_id, first.generation, first.size_bytes,
+        )  # fmt: skip
+        assert 0 < second.remaining_ms <= first.remaining_ms
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            os.close(fetched(sock, second, alice.session))
+            third = alice.bind(text)
+        assert third.handover_secret not in (first.handover_secret, second.handover_secret)
+        assert list(running.leases()).count(slip.lease_id) == 1
+        alice.release(slip)
+
     def test_k15_a_higher_generation_takes_over(
         self, running: AgentUnderTest, fabric: Fabric, alice: HolderSide
     ) -> None:

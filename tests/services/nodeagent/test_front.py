@@ -478,6 +478,19 @@ class TestHandover:
             assert (answer["failure"]["code"], fds) == ("HOLDER_MISMATCH", [])
             assert second.recv(100) == b"", "and the connection is closed"
 
+    def test_k15b_a_fresh_secret_for_a_lease_makes_the_one_before_it_void(
+        self, front: FrontUnderTest, alice: HolderSide
+    ) -> None:
+        lease, lost = self.bound(front, alice)
+        secret = alice.bind("a.b.c").handover_secret
+        assert secret != lost
+        with arrived(front) as sock, arrived(front) as second:
+            answer, fds = present(sock, lost, alice.session)
+            assert (answer["failure"]["code"], fds) == ("HOLDER_MISMATCH", [])
+            answer, fds = present(second, secret, alice.session)
+            assert answer["lease_id"] == lease.lease_id
+            os.close(fds[0])
+
     def test_k15b_another_users_secret_is_refused(self, front: FrontUnderTest) -> None:
         named = holder_of_process(TRUST_DOMAIN, uid=os.getuid() + 1, pid=1, start_ticks=1)
         other = HolderSide(front.endpoint, front.people.make(named))
