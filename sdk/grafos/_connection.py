@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from grafos import _clock, _defaults, _identity, observe
 from grafos._calls import Peer, new_request_id
 from grafos._cluster import description
-from grafos._lease import LIVE, Grip, Lease, duration_ms
+from grafos._lease import LIVE, Grip, Lease, LeaseStatus, count_end, duration_ms
 from grafos._node import NodeLine
 from grafos._notice import Notice
 from grafos._pulse import Pulse
@@ -398,7 +398,8 @@ class Fabric:
             self._give_back_one(grip)
 
     def _give_back_one(self, grip: Grip) -> None:
-        observe.FabricMetrics.global_().leases_active.dec(label=grip.kind)
+        if grip.counted:
+            count_end(grip, LeaseStatus.RELEASED)
         try:
             self._give_back(grip)
         except FabricError:  # its deadline, or the end of this process, takes it back
@@ -541,9 +542,13 @@ def _is_settled(found: Any) -> bool:
 
 def _count(verb: str, taken: Lease, started_ns: int) -> None:
     metrics = observe.FabricMetrics.global_()
-    metrics.leases_total.inc()
-    metrics.leases_active.inc(label=taken.kind)
     metrics.op_latency.observe((_clock.boot_ns() - started_ns) / 1000, verb)
+    with taken._lock:  # a notice may end it at this very moment
+        metrics.leases_total.inc()
+        metrics.leases_active.inc(label=taken.kind)
+        taken._grip.counted = True
+        if taken._end is not None:
+            count_end(taken._grip, taken.status)
     observe.emit(f"lease.{verb}d", lease_id=taken.lease_id, kind=taken.kind, epoch=taken.epoch)
 
 

@@ -83,6 +83,8 @@ class Grip:
     """Given out of his hands: not to be released by the end of a block either."""
     taken_over: bool = False
     """The same holder has attached again: the other handle is the one to release."""
+    counted: bool = False
+    """Among the leases that this process holds, in its metrics."""
 
     @property
     def node_id(self) -> str:
@@ -407,12 +409,14 @@ class Lease:
             self._until_ns = self._check_ns = 0
             self._holder.ended()
             self._let_go()
-        observe.FabricMetrics.global_().leases_active.dec(label=self._grip.kind)
-        observe.FabricMetrics.global_().lease_ends_total.inc(label=_status_of(cause).value)
-        observe.emit(
-            f"lease.{_status_of(cause).value}", lease_id=self.lease_id, kind=self._grip.kind,
-            epoch=self.epoch, reason=cause.code,
-        )  # fmt: skip
+            was_counted = self._grip.counted
+            if was_counted:
+                count_end(self._grip, _status_of(cause))
+        if was_counted:
+            observe.emit(
+                f"lease.{_status_of(cause).value}", lease_id=self.lease_id, kind=self._grip.kind,
+                epoch=self.epoch, reason=cause.code,
+            )  # fmt: skip
         if tell:
             self._fabric._queue_notice(
                 Notice(self.lease_id, tell, cause.code, 0, _again(cause, self._grip))
@@ -516,6 +520,14 @@ class Lease:
             raise _again(
                 failure.of("FORKED_CHILD", "connect and acquire in the child itself"), self._grip
             )
+
+
+def count_end(grip: Grip, status: LeaseStatus) -> None:
+    """A lease that was counted when it was taken is over; each once."""
+    grip.counted = False
+    metrics = observe.FabricMetrics.global_()
+    metrics.leases_active.dec(label=grip.kind)
+    metrics.lease_ends_total.inc(label=status.value)
 
 
 _ENDS: Final = {

@@ -82,6 +82,8 @@ class AdmissionServicer(AdmissionServiceServicer):
         self._places = WatchPlaces()
         self._decisions = metrics.counter("grafos_admission_decisions")
         self._waited = metrics.histogram("grafos_admission_wait_seconds")
+        self._took = metrics.histogram("grafos_lease_acquire_seconds")
+        self._not_renewed = metrics.counter("grafos_lease_renew_failures")
 
     # asking
 
@@ -91,13 +93,21 @@ class AdmissionServicer(AdmissionServiceServicer):
         fault("admission.decide")
         ask = read_request(request)
         who = _holder()
+        started_ns = self._clock.boot_ns()
+        try:
+            return self._answer(self._decide(ask, request, who))
+        finally:
+            took_ns = self._clock.boot_ns() - started_ns
+            self._took.labels(ask.kind.value).observe(took_ns / 1e9)
+
+    def _decide(self, ask: Request, request: admission_pb2.AcquireRequest, who: Identity) -> Lease:
         try:
             lease = self._acquire(ask, request, who)
         except FabricError as refusal:
             self._refused(ask, who, refusal)
             raise
         self._decisions.labels("admit", "").inc()
-        return self._answer(lease)
+        return lease
 
     def _acquire(self, ask: Request, request: admission_pb2.AcquireRequest, who: Identity) -> Lease:
         started_ms = self._clock.boot_ms()
@@ -191,6 +201,13 @@ class AdmissionServicer(AdmissionServiceServicer):
     def Renew(
         self, request: admission_pb2.RenewRequest, context: grpc.ServicerContext
     ) -> admission_pb2.RenewResponse:
+        try:
+            return self._renew(request)
+        except FabricError as refusal:
+            self._not_renewed.labels(refusal.code).inc()
+            raise
+
+    def _renew(self, request: admission_pb2.RenewRequest) -> admission_pb2.RenewResponse:
         who = _holder()
         ask = ledger_pb2.LedgerRenew(
             request_id=check_request_id(request.request_id),

@@ -40,14 +40,11 @@ GAUGES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "grafos_capacity_bytes": ("Capacity by state", ("kind", "state")),
     "grafos_ledger_imbalance_bytes": ("Total less the sum of its states; must be 0", ("kind",)),
     "grafos_readiness_state": ("1 where the gate is open", ("gate",)),
-    "grafos_degradation_mode": ("1 while the mode is in force", ("mode",)),
     "grafos_audit_head_lag_seconds": ("Age of the oldest unacknowledged record", ()),
-    "grafos_key_epoch_refs": ("Leases that rest on a key", ("key_id",)),
 }
 COUNTERS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "grafos_lease_renew_failures": ("Renewals refused", ("reason",)),
     "grafos_admission_decisions": ("Decisions of admission", ("result", "reason")),
-    "grafos_preemptions": ("Leases taken back for others", ()),
     "grafos_epoch_rejects": ("Operations refused at the gate", ("kind",)),
     "grafos_audit_verify_failures": ("Records that did not verify", ()),
     "grafos_ledger_events": ("Events made durable", ()),

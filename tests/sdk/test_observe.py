@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client.parser import text_string_to_metric_families
 
-from grafos import MemBuilder, observe
+from grafos import FabricError, LeaseStatus, MemBuilder, observe
 from grafos._connection import Fabric
 from grafos.observe import (
     EventRingBuffer,
@@ -87,6 +87,38 @@ class TestMetrics:
         assert metrics.leases_active.value("mem") == before[1]
         after = metrics.op_latency.count("acquire"), metrics.op_latency.count("release")
         assert after == (latencies[0] + 1, latencies[1] + 1)
+
+    def test_what_was_never_held_is_not_counted_and_what_was_forgotten_once(
+        self, world: World, fabric: Fabric
+    ) -> None:
+        metrics = FabricMetrics.global_()
+        builder = MemBuilder().fabric(fabric).min_bytes(1)
+
+        def numbers() -> tuple[int, int, int]:
+            ends = metrics.lease_ends_total
+            return (
+                metrics.leases_total.value(), metrics.leases_active.value("mem"),
+                sum(ends.value(each.value) for each in LeaseStatus),
+            )  # fmt: skip
+
+        total, active, ended = numbers()
+
+        def refuse(op: str) -> None:
+            raise failure.of("UNREACHABLE" if op == "Release" else "SCOPE")
+
+        world.control.before = lambda op: refuse(op) if op == "hand_over" else None
+        world.admission.before = lambda method: refuse(method) if method == "Release" else None
+        with pytest.raises(FabricError):
+            builder.acquire()
+        world.control.before = world.admission.before = lambda method: None
+        fabric.poll()
+        assert numbers() == (total, active, ended)
+        held = [builder.acquire()]
+        with pytest.warns(ResourceWarning):
+            held.clear()
+        assert numbers() == (total + 1, active + 1, ended)
+        fabric.poll()
+        assert numbers() == (total + 1, active, ended + 1)
 
     def test_the_export_is_what_prometheus_reads(self) -> None:
         metrics = FabricMetrics()

@@ -11,16 +11,18 @@ import pytest
 
 from grafos_core.failure import FabricError
 from grafos_core.lease import Kind
-from grafos_proto.v1 import ledger_pb2
+from grafos_proto.v1 import admission_pb2, ledger_pb2
 from tests.services.admission.world import (
     PAGE,
     Client,
     Fabric,
+    PaperNode,
     ask,
     at_once,
     codes,
     eventually,
     metric,
+    of_lease,
 )
 
 WAIT_S = 3.0
@@ -181,6 +183,23 @@ def test_two_admissions_never_give_away_the_last_of_something_twice(
     assert len({x for x in outcomes if isinstance(x, str)}) == 10
     (node,) = fabric.of_ledger()("Snapshot", ledger_pb2.SnapshotRequest()).nodes
     assert next(book for book in node.books if book.kind == 1).leased == 10 * PAGE
+
+
+def test_what_acquires_take_and_which_renewals_fail_is_counted(
+    fabric: Fabric, node: PaperNode
+) -> None:
+    holder = fabric.holder()
+    lease = holder.acquire().lease
+    assert holder.denied(amount=2**40).code == "CAPACITY"
+    node.bound(lease)
+    holder.renew(lease)
+    assert metric(fabric.admission, 'grafos_lease_acquire_seconds_count{kind="mem"}') == 2
+    assert 0 < metric(fabric.admission, 'grafos_lease_acquire_seconds_sum{kind="mem"}') < 10
+    failed = 'grafos_lease_renew_failures_total{reason="%s"}'
+    assert metric(fabric.admission, failed % "DENIED") == 0
+    request = of_lease(admission_pb2.RenewRequest, lease)
+    assert fabric.holder("other").refused("Renew", request).code == "DENIED"
+    assert metric(fabric.admission, failed % "DENIED") == 1
 
 
 # many at a time

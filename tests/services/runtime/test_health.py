@@ -100,7 +100,7 @@ def test_readiness_shows_each_gate_and_why(http: HttpListener, readiness: Readin
 
 def test_metrics_are_what_prometheus_reads(http: HttpListener, metrics: Metrics) -> None:
     metrics.gauge("grafos_leases").labels("mem", "active").set(3)
-    metrics.counter("grafos_preemptions").inc()
+    metrics.counter("grafos_nodes_forgotten").inc()
     metrics.histogram("grafos_teardown_seconds").labels("mem", "sealed").observe(0.002)
     metrics.watch("grafos_fences", lambda: [(("block", "io"), 2.0)])
     status, body = get(http, "/metrics")
@@ -111,7 +111,7 @@ def test_metrics_are_what_prometheus_reads(http: HttpListener, metrics: Metrics)
         for sample in family.samples
     }
     assert samples["grafos_leases", ("active", "mem")] == 3
-    assert samples["grafos_preemptions_total", ()] == 1
+    assert samples["grafos_nodes_forgotten_total", ()] == 1
     assert samples["grafos_fences", ("block", "io")] == 2
     assert samples["grafos_teardown_seconds_count", ("mem", "sealed")] == 1
 
