@@ -189,7 +189,7 @@ def assemble(
         values.ledger, files, Identity(identity.trust_domain, Role.SERVICE, None, "ledger")
     )
     ledger = LedgerLink(channel, registrar, control.sign_receipt)
-    registrar.register_soon = ledger.register_soon
+    registrar.register_soon = rooms.keys.ask_for_list = ledger.register_soon
     watcher.follow(control, registrar, rooms.slices)
     front = FrontLine(
         front_flags(process, files, rooms.gate.fd),

@@ -4,14 +4,19 @@ Rules. Tokens are admission's to sign, clear orders an operator's, or the ledger
 key with another owner is not taken for either purpose. A key past its end is as one never known.
 The whole set is replaced at once, so that no reader sees half of it. Tokens whose signature was
 found good are remembered until their lease is over, and forgotten when the set of keys changes.
+A key is unknown for certain only when a list that came after the question does not have it: until
+then the answer is "ask again". Lists are asked for at most once a second, whoever comes with what.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from grafos_core import jws, receipt, spiffe, token
+from grafos_core import failure, jws, receipt, spiffe, token
 from grafos_core.failure import FabricError
 from grafos_core.receipt import ClearOrder
 from grafos_core.spiffe import Identity, Role
@@ -20,6 +25,11 @@ from grafos_proto.v1 import lease_pb2
 from services.runtime import signing
 
 CACHED_MAX: Final = 8_192
+STRANGERS_MAX: Final = 256
+"""Unknown keys that are remembered; of one that gave way the next list is waited for once more."""
+ASK_MS: Final = 1_000
+AGAIN_MS: Final = 100
+"""A list comes in a few milliseconds."""
 _PURPOSES: Final = {"lease": jws.LEASE, "clear": jws.CLEAR}
 
 PublishedKey = tuple[str, str, str, bytes]
@@ -35,9 +45,22 @@ class TrustedKeys:
         self._known: frozenset[PublishedKey] = frozenset()
         self._keys = jws.Keys()
         self._cache = VerifiedCache(CACHED_MAX)
+        self._lock = threading.Lock()
+        self._lists = 0
+        """How many have come."""
+        self._strangers: OrderedDict[bytes, int] = OrderedDict()
+        """How many had come when this unknown key was met first."""
+        self._asked_ms = 0
+        self.ask_for_list: Callable[[], None] = lambda: None
+        """Called when a fresh one is wanted; returns at once."""
 
     def replace(self, published: Iterable[lease_pb2.VerificationKey], now_ms: int) -> None:
         """From now on these and no others."""
+        self._replace(published, now_ms)
+        with self._lock:
+            self._lists += 1  # after they are in force: who counts on them finds them
+
+    def _replace(self, published: Iterable[lease_pb2.VerificationKey], now_ms: int) -> None:
         known = frozenset(
             (key.use, key.key_id, key.owner, key.public_key)
             for key in published
@@ -53,15 +76,38 @@ class TrustedKeys:
 
     def accept(self, text: str, holder_thumbprint: str, now_ms: int) -> LeaseToken:
         """A token that is for this node, this moment and this holder."""
-        return token.accept(
-            text,
-            self._keys,
-            issuer=self._issuer,
-            audience=self._audience,
-            holder_thumbprint=holder_thumbprint,
-            now_ms=now_ms,
-            cache=self._cache,
-        )
+        try:
+            return token.accept(
+                text,
+                self._keys,
+                issuer=self._issuer,
+                audience=self._audience,
+                holder_thumbprint=holder_thumbprint,
+                now_ms=now_ms,
+                cache=self._cache,
+            )
+        except FabricError as refusal:
+            if refusal.code == "TOKEN_KEY_UNKNOWN" and not self._is_certain(text, now_ms):
+                raise failure.of(
+                    "RETRY_LATER", "the keys are being fetched", retry_after_ms=AGAIN_MS
+                ) from refusal
+            raise
+
+    def _is_certain(self, text: str, now_ms: int) -> bool:
+        """Whether a list that came after this key was met first does not have it."""
+        header = hashlib.sha256(text.partition(".")[0].encode()).digest()
+        with self._lock:
+            met = self._strangers.setdefault(header, self._lists)
+            while len(self._strangers) > STRANGERS_MAX:
+                self._strangers.popitem(last=False)
+            if met < self._lists:
+                return True
+            ask = abs(now_ms - self._asked_ms) >= ASK_MS
+            if ask:
+                self._asked_ms = now_ms
+        if ask:
+            self.ask_for_list()
+        return False
 
     def clear_order(self, text: str) -> ClearOrder:
         return receipt.verify_clear(text, self._keys)

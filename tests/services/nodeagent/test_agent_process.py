@@ -17,6 +17,8 @@ import pytest
 from grafos_core.failure import (
     Degraded,
     Denied,
+    Disconnected,
+    FabricError,
     Fenced,
     Incompatible,
     LeaseExpired,
@@ -33,9 +35,11 @@ from tests.services.nodeagent.agents import (
     code_of,
     fetched,
     renewed,
+    tried,
 )
 from tests.services.nodeagent.collector import collector_of
 from tests.services.nodeagent.fabric import (
+    ADMISSION,
     LEDGER,
     Fabric,
     HolderSide,
@@ -174,7 +178,9 @@ class TestTokens:
     ) -> None:
         slip = fabric.token(alice.credentials)
         stranger = Signer("lease", "nobody")
-        assert code_of(Denied, alice.bind, fabric.sign(slip, by=stranger)) == "TOKEN_KEY_UNKNOWN"
+        text = fabric.sign(slip, by=stranger)
+        assert code_of(Disconnected, alice.bind, text) == "RETRY_LATER", "a list may be on its way"
+        eventually(lambda: code_of(FabricError, alice.bind, text) == "TOKEN_KEY_UNKNOWN")
         stranger.key_id = fabric.admission_key.key_id
         assert code_of(Denied, alice.bind, fabric.sign(slip, by=stranger)) == "TOKEN_SIGNATURE"
 
@@ -475,6 +481,31 @@ class TestEvidence:
         own.fabric.ledger.is_away = False
         eventually(own.is_ready)
         alice.bind(text)
+
+    def test_before_the_keys_have_come_a_bind_is_told_to_come_again(
+        self, own: AgentUnderTest
+    ) -> None:
+        own.start()
+        alice = own.holder()
+        own.kill()
+        own.fabric.ledger.is_away = True
+        own.start(ready=False)
+        back = own.holder(alice.credentials)
+        text = own.fabric.sign(own.fabric.token(alice.credentials))
+        assert code_of(Disconnected, back.bind, text) == "RETRY_LATER"
+        own.fabric.ledger.is_away = False
+        eventually(own.is_ready)
+        back.bind(text)
+
+    def test_a_key_that_admission_has_just_begun_to_use_is_fetched(
+        self, running: AgentUnderTest, fabric: Fabric, alice: HolderSide
+    ) -> None:
+        fresh = Signer("lease", str(ADMISSION))
+        slip = fabric.token(alice.credentials)
+        text = fabric.sign(slip, by=fresh)
+        fabric.ledger.keys.append(fresh.published())
+        assert eventually(lambda: tried(lambda: alice.bind(text))).lease_id == slip.lease_id
+        alice.release(slip)
 
     def test_metrics_tell_of_teardowns_and_fences(
         self, running: AgentUnderTest, alice: HolderSide
