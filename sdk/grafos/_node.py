@@ -1,7 +1,8 @@
 """One node as this process sees it: what it is asked, and the session that stays open to it.
 
 Rules. Bytes that came back are looked at before they are believed: their number, their place, their
-checksum. Which of the node's answers mean that a lease is over is written once, in `end_of`. There
+checksum. Which of the node's answers mean that a lease is over is written once, in `end_of`; what
+the ledger has a code of its own for is called by that code, whoever said it (`in_one_voice`). There
 is one `NodeLine` per node and process; it starts nothing before the first lease is bound.
 """
 
@@ -11,6 +12,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from grafos import _clock
@@ -19,6 +21,7 @@ from grafos._notice import Notice
 from grafos._session import LocalSession, Session, StreamSession
 from grafos_core import failure
 from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
+from grafos_core.lease import EndCause
 from grafos_core.spiffe import Identity, Role
 from grafos_proto.v1 import node_pb2, node_pb2_grpc
 from grafos_proto.wire.credentials import Provider
@@ -35,6 +38,7 @@ DETACH_MS_MAX: Final = 5_000
 CAUSE_MS_MAX: Final = 1_000
 LOST_MS_MAX: Final = 500
 """A session that is lost for longer is told of: the lease is in jeopardy."""
+_ENDED_BY: Final = frozenset(each.value for each in EndCause if each is not EndCause.CLEARED)
 _TO_THE_STREAM: Final = frozenset({"HOLDER_MISMATCH", "UNREACHABLE", "DEADLINE", "VERSION"})
 """Refusals of a socket that may be another node's, or that has gone."""
 
@@ -54,7 +58,8 @@ class NodeLine:
         domain = provider().identity.trust_domain
         who = Identity(domain, Role.NODE, None, node_id)
         self._peer = Peer(endpoint, provider, who, node_pb2_grpc.NodeServiceStub)
-        self._session_id, self._tell = session, tell
+        self._session_id = session
+        self._tell: Callable[[Notice], None] = lambda notice: tell(_in_one_voice(notice))
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._lost_since_ms: int | None = None
@@ -84,6 +89,8 @@ class NodeLine:
             except Disconnected as refused:
                 if refused.code == "DEADLINE" or _clock.boot_ms() >= impatient_ms:
                     raise
+            except Fenced as refused:
+                raise in_one_voice(refused) from None
             _clock.sleep_ms(UNREACHABLE_PAUSE_MS)
 
     def detach(self, lease_id: str, epoch: int) -> None:
@@ -219,13 +226,29 @@ class NodeLine:
             )
 
 
+def in_one_voice(refused: FabricError) -> FabricError:
+    """A failed teardown is `QUARANTINED`, as the ledger calls it. The node says `FENCED`, as of a
+    lease that another holder has taken up, but names beside it how the lease had ended."""
+    if refused.code != "FENCED" or refused.cause not in _ENDED_BY:
+        return refused
+    return failure.of(
+        "QUARANTINED", refused.detail, lease_id=refused.lease_id, epoch=refused.epoch,
+        cause=refused.cause,
+    )  # fmt: skip
+
+
+def _in_one_voice(notice: Notice) -> Notice:
+    said = notice.failure
+    return notice if said is None else replace(notice, failure=in_one_voice(said))
+
+
 def end_of(refused: FabricError) -> FabricError | None:
     """What a node's refusal says about the end of a lease that it had bound for us; None: nothing.
 
     A node that does not know a lease any more has lost it together with its agent.
     """
     if isinstance(refused, LeaseExpired | Revoked | Fenced):
-        return refused
+        return in_one_voice(refused)
     if isinstance(refused, Denied) and refused.code in ("NOT_FOUND", "HOLDER_MISMATCH"):
         return failure.of("AGENT_LOST", "the node does not know the lease any more")
     return None

@@ -35,6 +35,7 @@ from grafos import (
 from grafos._connection import Fabric
 from grafos._session import LocalSession
 from grafos_core import failure
+from grafos_proto.v1 import lease_pb2
 from tests.sdk.world import NODE_ID, World
 
 EVENT_S = 10.0
@@ -212,6 +213,46 @@ class TestGivingBack:
         for _ in range(2):
             with pytest.raises(Fenced, match="QUARANTINED"):
                 lease.release()
+
+    @pytest.mark.parametrize("who", ["node", "receipt", "ledger"])
+    def test_a_failed_teardown_has_one_name_whoever_says_it(
+        self, who: str, world: World, fabric: Fabric
+    ) -> None:
+        lease = take(fabric)
+        grant = world.book.grants[lease.lease_id]
+
+        def refuse(op: str) -> None:
+            if op == "release" and who == "node":
+                raise failure.of("FENCED", cause="release")
+            if op == "release" and who == "receipt":
+                grant.cause, grant.receipt = (
+                    failure.of("LEASE_RELEASED"),
+                    world.control.fenced(grant),
+                )
+
+        world.control.before = refuse
+        if who == "ledger":
+            grant.lease.state = lease_pb2.LEASE_STATE_FENCED
+            world.stop_node()
+        with pytest.raises(Fenced) as failed:
+            lease.release()
+        assert failed.value.code == "QUARANTINED"
+        assert failed.value.lease_id == lease.lease_id
+
+    @pytest.mark.parametrize("told", ["fenced", ""])
+    def test_a_teardown_that_failed_while_nobody_looked_has_it_too(
+        self, told: str, world: World, fabric: Fabric
+    ) -> None:
+        lease, heard = take(fabric), list[Notice]()
+        lease.on_notice(heard.append)
+        world.control.end(lease.lease_id, failure.of("FENCED", cause="agent_lost"), told)
+        with pytest.raises(Fenced) as failed:
+            eventually(lambda: lease.mem().read(0, 1) and False)
+        assert (failed.value.code, failed.value.cause) == ("QUARANTINED", "agent_lost")
+        fabric.poll()
+        (notice,) = heard
+        assert notice.failure is not None
+        assert (notice.kind, notice.failure.code) == ("fenced", "QUARANTINED")
 
     def test_two_threads_that_release_get_one_receipt(self, world: World, fabric: Fabric) -> None:
         lease = take(fabric)

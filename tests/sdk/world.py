@@ -368,12 +368,16 @@ class Control:
         grant.lease.state = lease_pb2.LEASE_STATE_RELEASED
         grant.receipt = self._signed(grant, begin_ms)
 
-    def _signed(self, grant: Granted, begin_ms: int) -> str:
+    def fenced(self, grant: Granted) -> str:
+        """The receipt of a teardown that failed."""
+        return self._signed(grant, SYSTEM.wall_ms(), Outcome.FENCED)
+
+    def _signed(self, grant: Granted, begin_ms: int, outcome: Outcome = Outcome.TORNDOWN) -> str:
         slip = TeardownReceipt(
             lease_id=grant.lease.lease_id, node_id=NODE_ID, incarnation=INCARNATION, boot_epoch=1,
             kind=Kind.MEM if grant.lease.kind == lease_pb2.KIND_MEM else Kind.BLOCK,
             epoch=grant.lease.epoch, amount=grant.lease.amount, extent_offset=0,
-            cause=EndCause.RELEASE, outcome=Outcome.TORNDOWN,
+            cause=EndCause.RELEASE, outcome=outcome,
             assurance=Assurance.DETACHED if grant.lease.lease_id in self.exported
             else Assurance.FREED,
             measured={"size_bytes": os.fstat(grant.fd).st_size}, begin_ms=begin_ms,
