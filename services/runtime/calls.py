@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -248,10 +248,11 @@ class Handling:
         """The handler that gRPC gets. Requests come to it as bytes, one by one, also where there is
         only one: so it runs when the headers are there, and parsing is ours to answer for."""
         if self.handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(self._stream)
-        return grpc.stream_unary_rpc_method_handler(self._single)
+            return grpc.stream_stream_rpc_method_handler(self.stream)
+        return grpc.stream_unary_rpc_method_handler(self.single)
 
-    def _single(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+    def single(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
+        """Serve a call that has one answer."""
         call: Call | None = None
         started_ns = self.gate.clock.boot_ns()
         try:
@@ -272,7 +273,10 @@ class Handling:
                 self.gate.left(call)
                 self.gate.meters.served(self.name, self.gate.clock.boot_ns() - started_ns)
 
-    def _stream(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def stream(
+        self, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Generator[bytes, None, None]:
+        """Serve a call that streams its answers."""
         call: Call | None = None
         try:
             call = self.gate.admit(self.name, self.policy, context)

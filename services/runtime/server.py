@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -25,6 +25,7 @@ from grpc_reflection.v1alpha import reflection
 
 from grafos_core import failure
 from grafos_core.failure import invariant
+from grafos_proto.wire import ttrpc
 from grafos_proto.wire.credentials import Provider, make_private_directory
 from services.runtime import telemetry
 from services.runtime.calls import (
@@ -41,6 +42,7 @@ from services.runtime.calls import (
 from services.runtime.clock import SYSTEM, Clock
 from services.runtime.identity import server_credentials
 from services.runtime.limits import Callers, Limits
+from services.runtime.local import Handlers, LocalServer
 from services.runtime.logs import Log
 from services.runtime.methods import METHODS, UNLISTED, Method
 
@@ -49,8 +51,8 @@ __all__ = [
     "current", "deadline_left_ms", "peer", "serve",
 ]  # fmt: skip
 
-UNIX_PATH_BYTES_MAX: Final = 107
-"""sun_path less its final zero (unix(7))."""
+UNIX_PATH_BYTES_MAX: Final = 107 - len(ttrpc.SUFFIX)
+"""sun_path less its final zero (unix(7)), and less the ending of the socket beside it."""
 PATIENCE_MS: Final = 250
 HALT_STATUS: Final = 70
 """EX_SOFTWARE of sysexits.h: a law did not hold; whoever restarts us reads what is durable."""
@@ -92,6 +94,7 @@ class Server:
         self._gates, self._clock = gates, clock
         self._servers: list[grpc.Server] = []
         self._pools: list[ThreadPoolExecutor] = []
+        self._locals: list[LocalServer] = []
         self._stopped = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="patience", daemon=True)
         self.health = health.HealthServicer(experimental_non_blocking=False)
@@ -103,7 +106,12 @@ class Server:
         self._pools.append(pool)
         self.endpoints.append(endpoint)
 
+    def add_local(self, local: LocalServer) -> None:
+        self._locals.append(local)
+
     def start(self) -> None:
+        for local in self._locals:
+            local.start()
         for server in self._servers:
             server.start()
         self._watcher.start()
@@ -121,6 +129,8 @@ class Server:
         self._stopped.set()
         self.health.enter_graceful_shutdown()
         ends = [server.stop(grace_ms / 1000) for server in self._servers]
+        for local in self._locals:
+            local.stop(grace_ms)
         for end in ends:
             end.wait(grace_ms / 1000 + 1)
         for pool in self._pools:
@@ -176,6 +186,12 @@ def _open(server: Server, listener: Listener, gate: Gate, provider: Provider) ->
         names = [service.name for service in listener.services]
         reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], listening)
     server.add(listening, pool, _bind(listening, listener.endpoint, provider))
+    if listener.endpoint.startswith("unix:"):
+        handlers = Handlers()
+        for service in listener.services:
+            service.register(service.servicer, cast(grpc.Server, handlers))
+        path = Path(listener.endpoint.removeprefix("unix:") + ttrpc.SUFFIX)
+        server.add_local(LocalServer(path, handlers, listener.methods, gate, provider))
 
 
 def _bind(server: grpc.Server, endpoint: str, provider: Provider) -> str:

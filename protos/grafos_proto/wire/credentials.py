@@ -17,12 +17,13 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import grpc
 
 from grafos_core import failure, spiffe
 from grafos_core.spiffe import Identity
-from grafos_proto.wire import certificates
+from grafos_proto.wire import certificates, ttrpc
 from grafos_proto.wire.certificates import Certificate, TlsKey
 
 KEY_FILE, CHAIN_FILE, BUNDLE_FILE = "tls.key", "tls.crt", "ca.crt"
@@ -105,9 +106,9 @@ class IdentityFiles:
 
 
 class PeerChannel:
-    """A gRPC channel to one known peer that follows the renewals of our own certificate.
+    """A channel to one known peer that follows the renewals of our own certificate.
 
-    gRPC fixes a channel's certificate when the channel is made. So `get` makes another one when the
+    A channel keeps the certificate with which it was made. So `get` makes another one when the
     provider gives another chain, and leaves the one before open for the calls that are still on it,
     until the next renewal. It starts nothing and keeps at most two channels.
     """
@@ -119,7 +120,7 @@ class PeerChannel:
         peer: Identity,
         options: Sequence[tuple[str, str | int]] = (),
     ) -> None:
-        self._target, self._provider = target, provider
+        self._target, self._provider, self._peer = target, provider, peer
         self._options = [*options, server_name_option(peer)]
         self._chain = b""
         self._channels: list[grpc.Channel] = []
@@ -128,14 +129,18 @@ class PeerChannel:
         """The channel to use for the next call."""
         credentials = self._provider()
         if credentials.chain_pem != self._chain:
-            channel = grpc.secure_channel(
-                self._target, channel_credentials(credentials), self._options
-            )
-            self._channels.append(channel)
+            self._channels.append(self._open(credentials))
             self._chain = credentials.chain_pem
         if len(self._channels) > 2:
             self._channels.pop(0).close()
         return self._channels[-1]
+
+    def _open(self, credentials: Credentials) -> grpc.Channel:
+        """On this machine ttRPC, which is ten times quicker; gRPC to everywhere else."""
+        if self._target.startswith("unix:"):
+            path = self._target.removeprefix("unix:")
+            return cast(grpc.Channel, ttrpc.Channel(path, credentials, self._peer))
+        return grpc.secure_channel(self._target, channel_credentials(credentials), self._options)
 
     def close(self) -> None:
         """End every call and both channels."""

@@ -157,7 +157,7 @@ def from_rpc_error(error: grpc.RpcError) -> FabricError:
     carried = _from_failure_trailer(trailers.get(FAILURE_TRAILER))
     if carried is None:
         carried = _from_error_info(trailers.get(DETAILS_TRAILER))
-    return carried or _from_status(call.code(), call.details() or "")
+    return carried or from_status(call.code(), call.details() or "")
 
 
 def retry_after_ms(error: FabricError) -> int | None:
@@ -200,7 +200,8 @@ def _from_error_info(data: bytes | None) -> FabricError | None:
     return failure.of(code, **fields) if code in failure.CODES else None
 
 
-def _from_status(status: grpc.StatusCode, details: str) -> FabricError:
+def from_status(status: grpc.StatusCode, details: str) -> FabricError:
+    """The failure for a status that came without one of ours."""
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
         too_large = "larger than" in details or "metadata" in details.lower()
         return failure.of("MESSAGE_SIZE" if too_large else "STREAMS")
