@@ -28,6 +28,7 @@ from grafos_core import failure
 from grafos_core.failure import FabricError
 from grafos_core.lease import BLOCK_BYTES, EPOCH_MAX, Kind, check_lease_id
 from services.nodeagent.gatepage import GatePage, Verdict
+from services.runtime.faults import fault
 
 CHUNK_BYTES_MAX: Final = 196_608
 """Of one unary call or one message of a stream: fits gRPC's 256 KiB with room for its envelope."""
@@ -215,7 +216,7 @@ class DataPath:
         check_range(lease, offset, length)
         with self._in_flight(lease):
             self._check_open(lease)
-            data = self._moved(lease, lambda: lease.storage.read(offset, length))
+            data = self._moved(lease, lambda: _read(lease.storage, offset, length))
             return data, self._check_open(lease)
 
     def write(
@@ -314,7 +315,14 @@ def check_payload(data: bytes, *, length: int, checksum: int | None) -> None:
         raise failure.of("CHECKSUM")
 
 
+def _read(storage: Storage, offset: int, length: int) -> bytes:
+    data = storage.read(offset, length)
+    fault("front.read")
+    return data
+
+
 def _write(storage: Storage, offset: int, data: bytes, *, flush: bool) -> None:
     storage.write(offset, data)
+    fault("front.write")
     if flush:
         storage.flush()

@@ -201,8 +201,6 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
     ) -> node_pb2.WriteResponse:
         with self._buffered.share() as share:
             chunks = _gathered(request_iterator, share)
-            if not context.is_active():
-                raise failure.of("UNREACHABLE", "the caller is gone")
             written, remaining_ms = 0, 0
             for chunk in chunks:
                 remaining_ms = self.Write(chunk, context).remaining_ms
@@ -319,9 +317,13 @@ def time_left_ms() -> int:
 def _gathered(
     requests: Iterator[node_pb2.WriteRequest], take: Callable[[int], None]
 ) -> list[node_pb2.WriteRequest]:
-    """All messages of one stream, which must be one contiguous write to one lease."""
+    """All messages of one stream, which must be one contiguous write to one lease.
+
+    A stream that its caller gave up ends here like any other, before gRPC has heard of it: so only
+    the message without data, with which a whole stream ends, says that it is whole.
+    """
     chunks: list[node_pb2.WriteRequest] = []
-    total = 0
+    total, is_whole = 0, False
     try:
         for request in requests:
             _check_chunk(request)
@@ -330,6 +332,9 @@ def _gathered(
                 raise failure.of("INVALID", "one stream writes to one lease")
             if request.offset != first.offset + total:
                 raise failure.of("EXTENT", "a stream's messages are contiguous")
+            if is_whole:
+                raise failure.of("INVALID", "nothing follows the message without data")
+            is_whole = not request.data
             total += len(request.data)
             if total > WRITE_STREAM_BYTES_MAX:
                 raise failure.of("CHUNK", f"at most {WRITE_STREAM_BYTES_MAX} bytes in a stream")
@@ -339,6 +344,8 @@ def _gathered(
         raise failure.of("UNREACHABLE", "the stream broke off") from None
     if not chunks:
         raise failure.of("EMPTY")
+    if not is_whole:
+        raise failure.of("INVALID", "a stream ends with a message without data")
     return chunks
 
 

@@ -143,7 +143,9 @@ class NodeServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WriteStream(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """One contiguous write of several messages and then one without data, which says that it is
+        whole: a stream that breaks off before it has written nothing.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')

@@ -45,6 +45,9 @@ class NodeServiceStub:
     Write: _grpc.UnaryUnaryMultiCallable[_node_pb2.WriteRequest, _node_pb2.WriteResponse]
     ReadStream: _grpc.UnaryStreamMultiCallable[_node_pb2.ReadRequest, _node_pb2.ReadResponse]
     WriteStream: _grpc.StreamUnaryMultiCallable[_node_pb2.WriteRequest, _node_pb2.WriteResponse]
+    """One contiguous write of several messages and then one without data, which says that it is
+    whole: a stream that breaks off before it has written nothing.
+    """
     Notices: _grpc.UnaryStreamMultiCallable[_node_pb2.NoticesRequest, _node_pb2.Notice]
     """The holder's data connection: notices come down it, and its end is the holder's end."""
 
@@ -65,6 +68,9 @@ class NodeServiceAsyncStub(NodeServiceStub):
     Write: _aio.UnaryUnaryMultiCallable[_node_pb2.WriteRequest, _node_pb2.WriteResponse]  # type: ignore[assignment]
     ReadStream: _aio.UnaryStreamMultiCallable[_node_pb2.ReadRequest, _node_pb2.ReadResponse]  # type: ignore[assignment]
     WriteStream: _aio.StreamUnaryMultiCallable[_node_pb2.WriteRequest, _node_pb2.WriteResponse]  # type: ignore[assignment]
+    """One contiguous write of several messages and then one without data, which says that it is
+    whole: a stream that breaks off before it has written nothing.
+    """
     Notices: _aio.UnaryStreamMultiCallable[_node_pb2.NoticesRequest, _node_pb2.Notice]  # type: ignore[assignment]
     """The holder's data connection: notices come down it, and its end is the holder's end."""
 
@@ -135,7 +141,10 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request_iterator: _MaybeAsyncIterator[_node_pb2.WriteRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_node_pb2.WriteResponse, _abc.Awaitable[_node_pb2.WriteResponse]]: ...
+    ) -> _typing.Union[_node_pb2.WriteResponse, _abc.Awaitable[_node_pb2.WriteResponse]]:
+        """One contiguous write of several messages and then one without data, which says that it is
+        whole: a stream that breaks off before it has written nothing.
+        """
 
     @_abc_1.abstractmethod
     def Notices(

@@ -45,6 +45,8 @@ from tests.services.nodeagent.fabric import (
 CHUNK = 192 * 1024
 INCARNATION = "ab" * 16
 DEVICE_BLOCKS = 64
+SLOW_MS = 200
+"""Less than a shut waits for what is in flight."""
 Answer = Callable[[Message], dict[str, Any]]
 
 
@@ -58,8 +60,8 @@ class Lease:
 class FrontUnderTest:
     """The process, its gate page, and the test in the place of control."""
 
-    def __init__(self, folder: Path, people: People) -> None:
-        self.people, self.folder = people, folder
+    def __init__(self, folder: Path, people: People, *flags: str) -> None:
+        self.people, self.folder, self.flags = people, folder, flags
         self.gate = GatePage.create(16)
         self.memory = MemoryDevice(1 << 26, headroom_bytes=0)
         self.heard: list[Message] = []
@@ -82,7 +84,7 @@ class FrontUnderTest:
             "--identity-dir", str(self.folder / "identity"),
             "--handover", str(self.folder / "f" / "h.sock"),
             "--block-file", str(self.folder / "blocks"),
-            "--block-bytes", str(DEVICE_BLOCKS * 4096), "--log-level", "error",
+            "--block-bytes", str(DEVICE_BLOCKS * 4096), "--log-level", "error", *self.flags,
         ]  # fmt: skip
         module = "services.nodeagent.front"
         return spawn(module, arguments, [self.gate.fd], SYSTEM.boot_ms())
@@ -162,6 +164,17 @@ def alice(front: FrontUnderTest) -> Iterator[HolderSide]:
     holder = HolderSide(front.endpoint, front.people.holder())
     yield holder
     holder.close()
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FrontUnderTest]:
+    """A front that waits a little between an operation's bytes and its answer."""
+    folder = tmp_path_factory.mktemp("s")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAFOS_FAULT", f"front.read:hang={SLOW_MS},front.write:hang={SLOW_MS}")
+        running = FrontUnderTest(folder, People(folder), "--development")
+    yield running
+    running.close()
 
 
 def refused(code: str, kind: type[FabricError] = FabricError) -> Any:
@@ -254,13 +267,32 @@ class TestBytes:
     ) -> None:
         lease: Any = front.open(alice.credentials, size_bytes=1 << 20)
         data = secrets.token_bytes(1 << 20)
-        parts = (write_request(lease, at, data[at : at + CHUNK]) for at in range(0, 1 << 20, CHUNK))
+        starts = [*range(0, 1 << 20, CHUNK), 1 << 20]
+        parts = (write_request(lease, at, data[at : at + CHUNK]) for at in starts)
         assert alice.call("WriteStream", parts).written == 1 << 20
         request = node_pb2.ReadRequest(
             lease_id=lease.lease_id, epoch=lease.epoch, offset=0, length=1 << 20
         )
         answers = list(alice.stub.ReadStream(request, timeout=CALL_S))
         assert b"".join(answer.data for answer in answers) == data
+
+    @pytest.mark.parametrize(
+        ("parts", "code"),
+        [
+            ([], "EMPTY"),
+            ([(0, b"x")], "INVALID"),
+            ([(0, b"x"), (1, b""), (1, b"y")], "INVALID"),
+            ([(0, b"x"), (1, b""), (1, b"")], "INVALID"),
+            ([(0, b"x"), (2, b"y"), (3, b"")], "EXTENT"),
+        ],
+    )
+    def test_t28_a_stream_without_its_last_message_has_written_nothing(
+        self, front: FrontUnderTest, alice: HolderSide, parts: list[tuple[int, bytes]], code: str
+    ) -> None:
+        lease: Any = front.open(alice.credentials)
+        with refused(code, Incompatible):
+            alice.call("WriteStream", iter([write_request(lease, *part) for part in parts]))
+        assert alice.read(lease, 0, 8).data == bytes(8)
 
     def test_t28_a_write_stream_that_breaks_off_has_written_nothing(
         self, front: FrontUnderTest, alice: HolderSide
@@ -358,6 +390,33 @@ class TestTheGate:
         with pytest.raises(Revoked):
             alice.read(lease)
         timer.join()
+
+    @pytest.mark.parametrize("operation", ["read", "write"])
+    def test_a_lease_that_ends_between_the_bytes_and_the_answer_gives_none_and_confirms_none(
+        self, slow: FrontUnderTest, operation: str
+    ) -> None:
+        holder = HolderSide(slow.endpoint, slow.people.holder())
+        lease: Any = slow.open(holder.credentials)
+        os.pwrite(slow.fd, b"secret", 0)
+
+        def end() -> None:
+            eventually(lambda: slow.gate.in_flight(lease.slot) == 1)
+            if operation == "write":
+                eventually(lambda: os.pread(slow.fd, 6, 0) == b"stolen")
+            else:
+                threading.Event().wait(SLOW_MS / 4000)
+            slow.gate.close_control(lease.slot)
+            slow.shut(lease, holder.credentials, failure.of("REVOKED", cause="preempted"))
+
+        ending = threading.Thread(target=end)
+        ending.start()
+        call = (lambda: holder.read(lease)) if operation == "read" else (
+            lambda: holder.write(lease, 0, b"stolen")
+        )  # fmt: skip
+        with pytest.raises(Revoked):
+            call()
+        ending.join()
+        holder.close()
 
     def test_a_lease_that_was_shut_frees_its_descriptors(
         self, front: FrontUnderTest, alice: HolderSide
