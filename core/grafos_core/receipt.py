@@ -32,6 +32,8 @@ _NODE_ID = re.compile(r"[a-z0-9-]{1,63}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 _MEASURED_NAME = re.compile(r"[a-z0-9_]{1,32}")
 _MEASURED_TEXT = re.compile(r"[ -~]*")
+_MISSING: Final = " ..."
+_ERRNO_NAME = re.compile(r"\bE[A-Z][A-Z0-9]{1,13}\b")
 
 
 _Member = TypeVar("_Member", bound=enum.StrEnum)
@@ -172,6 +174,27 @@ def _read_measured(value: Any) -> dict[str, int | str | bool]:
         if not _MEASURED_NAME.fullmatch(name) or not _is_measurement(found):
             jws.refuse("TOKEN_CLAIM", "measured")
     return value
+
+
+def shortened(text: str, chars_max: int = MEASURED_CHARS_MAX) -> str:
+    """What people can read of `text` in a receipt: plain characters, whole words, "..." where words
+    are missing. The names of errors say most: one that stands among the missing words is kept."""
+    plain = re.sub("[^ -~]", "?", text)
+    if len(plain) <= chars_max:
+        return plain
+    room = chars_max - len(_MISSING)
+    error = _ERRNO_NAME.search(plain, _word_end(plain, room))
+    if error is None:
+        return plain[: _word_end(plain, room)] + _MISSING
+    room -= len(error[0]) + 1
+    before = plain[: _word_end(plain, room)]
+    return f"{before}{_MISSING} {error[0]}"
+
+
+def _word_end(text: str, room: int) -> int:
+    """Where the last whole word ends that fits; a word that is longer than all the room is cut."""
+    end = text.rfind(" ", 0, room + 1)
+    return end if end > 0 else room
 
 
 def _is_measurement(found: object) -> bool:

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from grafos_core.failure import invariant
 from grafos_core.lease import TEARDOWN_MS_MAX, Kind
-from grafos_core.receipt import MEASURED_CHARS_MAX, MEASURED_COUNT_MAX
+from grafos_core.receipt import MEASURED_COUNT_MAX, shortened
 
 QUIESCE_MS_MAX: Final = 250
 """How long operations in flight may take to end before the front is killed."""
@@ -140,11 +140,13 @@ class Teardown:
         """The evidence as a receipt can carry it: flat, short, plain characters."""
         found: dict[str, int | str | bool] = {}
         if self.fence_cause:
-            found["cause"] = _plain(self.fence_cause)
+            found["cause"] = shortened(self.fence_cause)
         for step, evidence in self.evidence.items():
             parts = evidence.items() if isinstance(evidence, dict) else [("", evidence)]
             for name, value in parts:
-                found[_name(step, name)] = value if isinstance(value, int) else _plain(value)
+                found[_name(step, name)] = (
+                    value if isinstance(value, int) else shortened(str(value))
+                )
         return dict(list(found.items())[:MEASURED_COUNT_MAX])
 
     def check(self, now_ms: int) -> None:
@@ -159,7 +161,3 @@ class Teardown:
 def _name(step: str, name: object) -> str:
     whole = f"{step}_{name}" if name != "" else step
     return re.sub("[^a-z0-9_]", "_", whole.lower())[:32]
-
-
-def _plain(value: object) -> str:
-    return re.sub("[^ -~]", "?", str(value))[:MEASURED_CHARS_MAX]

@@ -42,7 +42,7 @@ from grafos_core.node_effects import (
     WardenHold,
     WardenRaise,
 )
-from grafos_core.receipt import Outcome
+from grafos_core.receipt import MEASURED_CHARS_MAX, Outcome, shortened
 from grafos_core.teardown import Step
 from services.nodeagent.frontdesk import failure_message
 from services.nodeagent.gatepage import CellState, GatePage
@@ -58,8 +58,8 @@ INLINE_BYTES_MAX: Final = 1 << 20
 ENDED_MAX: Final = 65_536
 LATER_MS_MAX: Final = 100
 NS_PER_MS: Final = 1_000_000
-WHY_CHARS_MAX: Final = 120
-"""Of what went wrong, in a receipt: its entries have at most 128 characters."""
+WHY_CHARS_MAX: Final = MEASURED_CHARS_MAX - 12
+"""Of what went wrong, in a receipt, where the name of the step stands before it."""
 Proof = tuple[int, str]
 """Number and hash of the record that holds what a receipt says."""
 Verb = Callable[[Instant], list[Effect]]
@@ -452,6 +452,6 @@ def _typed(error: FabricError | OSError) -> FabricError:
 
 
 def _cut(problem: FabricError) -> str:
-    """Printable ASCII, as receipts want it."""
+    """As receipts want it."""
     text = f"{problem.code}: {problem.detail}" if problem.detail else problem.code
-    return text.encode("ascii", "replace").decode()[:WHY_CHARS_MAX]
+    return shortened(text, WHY_CHARS_MAX)

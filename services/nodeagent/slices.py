@@ -198,7 +198,7 @@ class Slices:
             invariant(self.memory is not None, "memory was lent by a memory device")
             found = self.memory.measure(held.memory_fd, exported=held.exported)  # type: ignore[union-attr]
         if found.get("clean") is not True:
-            raise failure.of("IO", f"something is left: {found}")
+            raise failure.of("IO", f"something is left: {_numbers(found)}")
         return found
 
     def _block(self) -> BlockDevice:
@@ -215,3 +215,9 @@ class Slices:
             facts.extent_offset,
             facts.amount,
         )
+
+
+def _numbers(found: Evidence) -> str:
+    """What was counted, without what follows from it."""
+    counted = (f"{name} {value}" for name, value in found.items() if type(value) is int and value)
+    return ", ".join(counted)

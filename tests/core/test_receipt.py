@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from typing import Any
 
 import pytest
@@ -167,6 +168,32 @@ def test_measurements_are_few_and_plain(measured: dict[str, Any]) -> None:
 def test_any_measurement_within_bounds_is_carried(measured: dict[str, int | str | bool]) -> None:
     made = dataclasses.replace(GOOD, measured=measured)
     assert receipt.verify(receipt.mint(made, "node-1", signer(b"1")), KEYS) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("erase: IO: EIO", "erase: IO: EIO"),
+        ("of äther", "of ?ther"),
+        ("one two three four five", "one two three ..."),
+        ("one two threefourfivesix", "one two ..."),
+        ("onetwothreefourfivesixseven", "onetwothreefourf ..."),
+        ("one two three four EIO five", "one two ... EIO"),
+        ("one EBADF three four ENOMEM", "one EBADF ... ENOMEM"),
+        ("one two EUROPE three EACCES", "one two ... EACCES"),
+    ],
+)
+def test_what_does_not_fit_is_cut_at_a_word_and_its_error_is_kept(text: str, told: str) -> None:
+    assert receipt.shortened(text, 20) == told
+
+
+@given(st.text(max_size=300), st.integers(min_value=24, max_value=128))
+def test_whatever_is_shortened_fits_and_is_plain(text: str, chars_max: int) -> None:
+    found = receipt.shortened(text, chars_max)
+    assert len(found) <= chars_max
+    assert re.fullmatch("[ -~]*", found)
+    if len(text) > chars_max:
+        assert " ..." in found
 
 
 def test_every_changed_byte_of_a_receipt_or_order_is_refused() -> None:
