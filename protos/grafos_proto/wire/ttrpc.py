@@ -208,9 +208,10 @@ class Channel:
             return not self._closed
 
     def give_back(self, connection: _Connection) -> None:
+        """For the next call; one whose call was given up is closed."""
         with self._lock:
             self._busy.discard(connection)
-            keep = not self._closed and len(self._idle) < IDLE_MAX
+            keep = connection.is_clean and not self._closed and len(self._idle) < IDLE_MAX
             if keep:
                 self._idle.append(connection)
         if not keep:
@@ -243,6 +244,7 @@ class _Method:
         """The answer; of a method that streams, an iterator of answers with `cancel()`."""
         deadline = _NO_DEADLINE if timeout is None else time.monotonic() + timeout
         connection = self._channel.take(deadline)
+        handed_on = False
         try:
             connection.begin(
                 self._envelope(request, timeout, metadata),
@@ -254,22 +256,12 @@ class _Method:
                     connection.go_on(self._encode(each), deadline)
                 connection.go_on(b"", deadline, REMOTE_CLOSED | NO_DATA)
             if self._streams:
+                handed_on = True
                 return _Answers(self._channel, connection, self._decode, deadline)
-            payload = connection.answer(deadline)
-        except FabricError as refused:
-            self._after(connection, refused)
-            raise
-        except BaseException:
-            self._channel.drop(connection)
-            raise
-        self._channel.give_back(connection)
-        return self._decode(payload)
-
-    def _after(self, connection: _Connection, refused: FabricError) -> None:
-        if connection.is_clean:
-            self._channel.give_back(connection)
-        else:
-            self._channel.drop(connection)
+            return self._decode(connection.answer(deadline))
+        finally:
+            if not handed_on:
+                self._channel.give_back(connection)
 
     def _envelope(self, request: Any, timeout: float | None, metadata: Metadata | None) -> bytes:
         envelope = ttrpc_pb2.TtrpcRequest(
@@ -304,10 +296,6 @@ class _Answers:
         except FabricError:
             self._end()
             raise
-        except BaseException:
-            self.cancel()
-            self._end()
-            raise
         if payload is None:
             self._end()
             raise StopIteration
@@ -320,10 +308,7 @@ class _Answers:
 
     def _end(self) -> None:
         self._over = True
-        if self._connection.is_clean:
-            self._channel.give_back(self._connection)
-        else:
-            self._channel.drop(self._connection)
+        self._channel.give_back(self._connection)
 
     def __del__(self) -> None:
         if not self._over:
@@ -348,19 +333,17 @@ class _Connection:
         deadline = min(deadline, time.monotonic() + HANDSHAKE_S)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         made = cls(Frames(sock))
+        proved = False
         try:
             made._wait(deadline)
             sock.connect(path)
             made._greet(credentials, peer, deadline)
-        except FabricError:
-            sock.close()
-            raise
+            proved = True
         except OSError as error:
-            sock.close()
             raise failure.of("UNREACHABLE", error.strerror or "nobody listens") from None
-        except BaseException:
-            sock.close()
-            raise
+        finally:
+            if not proved:
+                sock.close()
         return made
 
     def is_fresh(self) -> bool:
