@@ -145,6 +145,11 @@ class NodeCore(Endings):
         """What is charged, for people."""
         return tuple(lease.view(now) for lease in self._charged())
 
+    def is_live(self, lease_id: str) -> bool:
+        """Whether it is bound and its end has not begun."""
+        lease = self._leases.get(LeaseId(lease_id))
+        return lease is not None and lease.phase is Phase.LIVE
+
     def live(self) -> tuple[tuple[LeaseId, int, int], ...]:
         """(lease, epoch, generation) of what is bound, for the ledger."""
         return tuple(

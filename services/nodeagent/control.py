@@ -360,8 +360,7 @@ class Control:
         """A local process has come for its lease: from now on it counts as handed out."""
         lease_id, session = message["lease"], message["session"]
         held = self.rooms.slices.held(lease_id)
-        live = {one[0] for one in self.core.live()}
-        if held is None or lease_id not in live:
+        if held is None or not self.core.is_live(lease_id):
             close_all(fds)
             reply({"failure": failure_message(failure.of("NOT_FOUND", lease_id=lease_id))})
             return

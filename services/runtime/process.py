@@ -13,6 +13,7 @@ it dies.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -226,6 +227,8 @@ def run_service(process: Process, start: Callable[[Process], Any]) -> int:
     except (FabricError, OSError) as refusal:
         process.log.error("service.refused", refusal)
         return REFUSED_STATUS
+    gc.collect()
+    gc.freeze()  # what the start has made stays: no later collection looks at it again
     process.announce()
     process.wait()
     process.drain()
