@@ -57,6 +57,13 @@ def fresh_epochs(kind: Kind) -> Epochs:
     return ExtentEpochs() if kind.has_extents else EpochWindow()
 
 
+def _copied(epochs: Epochs) -> Epochs:
+    """Whoever keeps the other one counts an epoch as used when its record is written, not now."""
+    if isinstance(epochs, EpochWindow):
+        return EpochWindow.of(epochs.value())
+    return ExtentEpochs.of(epochs.value())
+
+
 def refused(code: str, token: LeaseToken, detail: str = "") -> failure.FabricError:
     return failure.of(code, detail, lease_id=token.lease_id, epoch=token.epoch)
 
@@ -76,7 +83,8 @@ class Gate:
         self._node_id = node_id
         self._incarnation = incarnation
         self._capacities = dict(capacities)
-        self._epochs = {kind: fresh_epochs(kind) for kind in capacities} | dict(epochs or {})
+        self._epochs = {kind: fresh_epochs(kind) for kind in capacities}
+        self._epochs |= {kind: _copied(used) for kind, used in (epochs or {}).items()}
         self._slices_max = slices_max
         self._slices: dict[LeaseId, Slice] = {}
         self._sums = dict.fromkeys(self._epochs, 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from grafos_core.gate import Gate
 from grafos_core.lease import EndCause, Kind, LeaseId, Policy
 from grafos_core.node_effects import BoundFacts, Instant, ReceiptFacts
 from grafos_core.receipt import Assurance, Outcome
@@ -79,6 +80,24 @@ def test_an_open_bind_is_known_after_a_restart_with_its_policy(opened: Callable[
     recovered = opened().recollection.recovered(KINDS, 0)
     assert recovered.open_binds == (later,)
     assert recovered.epochs[Kind.MEM].refusal(1) == "EPOCH_BURNT"  # type: ignore[call-arg]
+
+
+def test_an_epoch_that_a_gate_has_used_is_not_in_the_book_before_its_record(
+    opened: Callable[[], Book], tmp_path: Path
+) -> None:
+    """Else the tables of a segment that begins in between say more than the records before it, and
+    the next boot takes the book for a broken one."""
+    book = opened()
+    gate = Gate(
+        "n1", INCARNATION, dict.fromkeys(KINDS, 64), book.recollection.recovered(KINDS, 0).epochs
+    )
+    number = 0
+    while not (tmp_path / "surface" / "spool.3").exists():
+        number += 1
+        bound = facts(number)
+        gate.burn(Kind.MEM, number, 0, 1)
+        append(book, event("agent.bound", bound, bound.body()))
+    assert opened().number > number
 
 
 def test_a_receipt_is_owed_until_the_ledger_has_credited_it(opened: Callable[[], Book]) -> None:
