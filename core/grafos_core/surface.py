@@ -255,6 +255,11 @@ class Surface:
         """As it was last given out to be written."""
         return self._slot
 
+    @property
+    def segment(self) -> int:
+        """The one that is written to."""
+        return self._segment
+
     def append(self, records: Sequence[Record], seal: Seal, **noted: int) -> list[Effect]:
         """Make a batch durable. `noted` may raise `time_floor_ms` and `revocation_number`."""
         failure.invariant(not self.should_roll(), "a full segment gets no more batches")

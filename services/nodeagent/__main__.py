@@ -57,6 +57,8 @@ CREDIT_S: Final = 2.0
 SENT_S: Final = 1.0
 """For the collector, who else gets it from the next boot."""
 GRACE_MS: Final = 4_000
+ROOM_MS: Final = 1_000
+"""How often a full disk is asked whether there is room again."""
 GATES: Final = (
     "persistence", "audit_anchor", "replay", "ledger", "revocations", "clock", "warden",
 )  # fmt: skip
@@ -320,7 +322,7 @@ class GateKeeper:
         self._registrar: Registrar | None = None
         self._shown: dict[str, str] = {}
         self._tested = False
-        self._next_ms = 0
+        self._next_ms = self._room_ms = 0
         self._restarts = (0, 0)
 
     def follow(self, control: Control, registrar: Registrar, slices: Slices) -> None:
@@ -332,6 +334,9 @@ class GateKeeper:
             return
         self._next_ms = now.boot_ms + 100
         core = control.core
+        if self._book.is_full and now.boot_ms >= self._room_ms:
+            self._room_ms = now.boot_ms + ROOM_MS
+            self._book.make_room()
         if self._book.is_full:
             core.hold_binds("SPOOL_FULL", "the spool has room for endings only")
         else:

@@ -80,6 +80,12 @@ class Book:
         """There is room for endings and for nothing else."""
         return self._store.full or self._surface.is_full()
 
+    def make_room(self) -> None:
+        """Try once more to have the next segments ready: what filled the disk may be gone."""
+        with self._lock:
+            if self._store.full:
+                self._store.prepare(self._surface.segment)
+
     def sign(self, message: bytes) -> bytes:
         return self._key.sign(message)
 
