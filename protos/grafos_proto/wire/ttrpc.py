@@ -164,12 +164,14 @@ class Channel:
         return self._method(method, coders, named, streams=True, many=True)
 
     def close(self) -> None:
-        """End every call, also those of other threads."""
+        """End every call, also those of other threads, which close what they call on."""
         with self._lock:
             self._closed = True
-            connections = [*self._idle, *self._busy]
+            idle, busy = list(self._idle), list(self._busy)
             self._idle.clear()
-        for each in connections:
+        for each in idle:
+            each.close()
+        for each in busy:
             each.shut()
 
     def _method(
