@@ -24,6 +24,7 @@ import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -152,17 +153,39 @@ class Authority:
         """What a join token carries of the root."""
         return certificates.fingerprint(self._root)[: wire.PIN_CHARS]
 
-    def refresh(self, now_ms: int, *, root_directory: Path | None = None) -> bool:
-        """Make a new intermediate in the second half of the old one's life, if the root's key is
-        here or in `root_directory`; True if one was made. What the old one signed stays good."""
-        key_path = (root_directory or self._directory) / "root.key"
+    @property
+    def not_after_ms(self) -> int:
+        """Until when it can sign without the root."""
+        return self._signer.not_after_ms
+
+    def refresh(self, now_ms: int) -> bool:
+        """In the second half of the intermediate's life take up the one that an operator has made
+        meanwhile, or make one if the root's key is here; True if there is a new one now."""
         due_ms = self._signer.not_after_ms - self._signer_ttl_ms // 2
-        if now_ms < due_ms or not key_path.exists():
+        if now_ms < due_ms:
             return False
-        root = _Signer(self._root, certificates.load_key(read_private(key_path)))
+        before_ms, self._signer = self._signer.not_after_ms, _load_signer(self._directory)
+        if self._signer.not_after_ms > before_ms:
+            return True
+        if not (self._directory / "root.key").exists():
+            return False
+        self.renew(self._directory, now_ms)
+        return True
+
+    def renew(self, root_directory: Path, now_ms: int) -> None:
+        """A new intermediate, now. What the old one signed stays good for its time.
+
+        Raises:
+            Denied: IDENTITY, if the root's key is not there or is another authority's.
+        """
+        key = certificates.load_key(read_private(root_directory / "root.key"))
+        if certificates.thumbprint(key.public_key()) != certificates.thumbprint(
+            certificates.check_curve(cast(ec.EllipticCurvePublicKey, self._root.public_key()))
+        ):
+            raise failure.of("IDENTITY", "that root key is another authority's")
+        root = _Signer(self._root, key)
         with locked(self._directory / "authority"):
             self._signer = _make_intermediate(self._directory, root, self._signer_ttl_ms, now_ms)
-        return True
 
     def issue(
         self,
@@ -179,7 +202,9 @@ class Authority:
             raise failure.of("IDENTITY", "this authority signs for its own trust domain only")
         self.refresh(now_ms)
         if now_ms >= self._signer.not_after_ms:
-            raise failure.of("CERT_EXPIRED", "the intermediate ran out: renew it with the root key")
+            raise failure.of(
+                "CERT_EXPIRED", "the intermediate ran out: `grafos ca renew --root-dir DIR`"
+            )
         not_after_ms = min(now_ms + ttl_ms, self._signer.not_after_ms)
         leaf = _leaf(self._signer, certificates.check_curve(key), identity, now_ms, not_after_ms)
         return certificates.pem_of(leaf, self._signer.certificate)
@@ -228,6 +253,13 @@ def ca_init(
         directory, now_ms=now_ms, trust_domain=trust_domain, root_directory=root_directory,
         intermediate_ttl_ms=intermediate_ttl_ms,
     )  # fmt: skip
+
+
+def ca_renew(directory: Path, root_directory: Path, *, now_ms: int) -> Authority:
+    """`grafos ca renew`; a fabric that runs takes it up by itself."""
+    authority = Authority.open(directory, now_ms=now_ms)
+    authority.renew(root_directory, now_ms)
+    return authority
 
 
 def identity_issue(

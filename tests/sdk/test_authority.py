@@ -221,9 +221,18 @@ def test_with_the_root_key_offline_the_intermediate_still_signs_and_its_end_is_f
         authority.issue(key, HOLDER, now_ms=NOW_MS + DAY_MS)
     assert refusal.value.code == "CERT_EXPIRED"
 
-    assert authority.refresh(NOW_MS + DAY_MS, root_directory=safe)
+    _authority.ca_renew(ca, safe, now_ms=NOW_MS + DAY_MS)  # by an operator, beside us
     chain = authority.issue(key, HOLDER, now_ms=NOW_MS + DAY_MS)
     certificates.verify_chain(chain, authority.bundle_pem, NOW_MS + DAY_MS)
+
+
+def test_another_authoritys_root_renews_nothing(tmp_path: Path) -> None:
+    _authority.ca_init(tmp_path / "ca", now_ms=NOW_MS, root_directory=tmp_path / "safe")
+    _authority.ca_init(tmp_path / "other", now_ms=NOW_MS, root_directory=tmp_path / "foreign")
+    for wrong in (tmp_path / "foreign", tmp_path):
+        with pytest.raises(failure.Denied) as refusal:
+            _authority.ca_renew(tmp_path / "ca", wrong, now_ms=NOW_MS)
+        assert refusal.value.code == "IDENTITY"
 
 
 def test_a_development_authority_renews_its_intermediate_by_itself(tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ def register(tree: Tree) -> None:
     init.add_argument("--dir", type=Path, help="its folder [<state>/ca]")
     init.add_argument("--root-dir", type=Path, help="where the root's key is put; keep it offline")
     init.add_argument("--trust-domain", metavar="NAME", help="name of the fabric [grafos.local]")
+    renew = ca.verb("renew", "a new intermediate, signed with the root's key", _renew)
+    renew.add_argument("--dir", type=Path, help="its folder [<state>/ca]")
+    renew.add_argument("--root-dir", type=Path, required=True, help="where the root's key is")
     identity = tree.noun("identity", "certificates")
     issue = identity.verb("issue", "a key and its certificate, in a folder", _issue)
     issue.add_argument("spiffe_id", help="such as spiffe://grafos.local/tenant/acme/holder/alice")
@@ -44,6 +47,18 @@ def _init(given: argparse.Namespace) -> int:
         trust_domain=settings.value(given, "trust_domain") or TRUST_DOMAIN_DEFAULT,
     )  # fmt: skip
     print(f"authority of {authority.trust_domain} in {_folder(given)}, root {authority.pin}")
+    return OK
+
+
+def _renew(given: argparse.Namespace) -> int:
+    from grafos._authority import ca_renew
+
+    now_ms = _clock.wall_ms()
+    authority = ca_renew(_folder(given), given.root_dir.absolute(), now_ms=now_ms)
+    left_h = (authority.not_after_ms - now_ms) / 3_600_000
+    print(
+        f"authority of {authority.trust_domain} signs for another {left_h:.0f} h without its root"
+    )
     return OK
 
 
