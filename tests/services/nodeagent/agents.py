@@ -57,7 +57,12 @@ class AgentUnderTest:
         self._channels: list[grpc.Channel] = []
 
     def start(
-        self, *flags: str, fault: str = "", ready: bool = True, under: tuple[str, ...] = ()
+        self,
+        *flags: str,
+        fault: str = "",
+        ready: bool = True,
+        under: tuple[str, ...] = (),
+        **environment: str,
     ) -> None:
         """Started, and ready to bind unless the test wants to see it otherwise.
 
@@ -73,7 +78,7 @@ class AgentUnderTest:
         self.process = subprocess.Popen(
             [*under, sys.executable, "-m", "services.nodeagent", *arguments],
             pass_fds=[write],
-            env={**os.environ, "GRAFOS_FAULT": fault},
+            env={**os.environ, "GRAFOS_FAULT": fault, **environment},
         )
         os.close(write)
         with os.fdopen(read) as pipe:
