@@ -141,7 +141,11 @@ USABLE: Final = frozenset({LeaseState.PENDING, LeaseState.ACTIVE})
 
 
 class RevokeStage(enum.StrEnum):
-    """How far a revocation has come; the labels are the wire's."""
+    """How far a lease's end has come, as the ledger knows it; the labels are the wire's.
+
+    Grace and checkpoints are between the node and the holder: the ledger knows that it ordered
+    them, and then hears of the end.
+    """
 
     ACTIVE = "active"
     REVOKE_WARNING = "revoke_warning"
@@ -171,9 +175,19 @@ REVOKE_STAGES: Final[Mapping[RevokeStage, frozenset[RevokeStage]]] = {
     RevokeStage.EXPIRED: _ENDS,
     RevokeStage.FAILED_CLOSED: frozenset({RevokeStage.TORNDOWN, RevokeStage.FENCED}),
     RevokeStage.TORNDOWN: frozenset(),
-    RevokeStage.FENCED: frozenset(),
+    RevokeStage.FENCED: frozenset({RevokeStage.TORNDOWN}),
 }
-"""failed_closed is the end of access with the receipt outstanding; the receipt still settles it."""
+"""failed_closed is the end of access with the receipt outstanding; the receipt still settles it.
+What is fenced is torn down by its clear."""
+
+
+def _later(stage: RevokeStage) -> frozenset[RevokeStage]:
+    return REVOKE_STAGES[stage].union(*(_later(after) for after in REVOKE_STAGES[stage]))
+
+
+LATER_STAGES: Final[Mapping[RevokeStage, frozenset[RevokeStage]]] = {
+    stage: _later(stage) for stage in RevokeStage
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,14 +250,32 @@ class Lease:
             state in TRANSITIONS[self.state],
             f"lease {self.lease_id} cannot go from {self.state} to {state}",
         )
-        return replace(self, state=state, **changes)
+        return replace(self, state=state, **changes).staged()
 
-    def staged(self, stage: RevokeStage) -> Lease:
+    def staged(self) -> Lease:
+        """With the stage that its state and cause say. Stages are passed over, never gone back."""
+        stage = self._reached()
+        if stage is self.stage:
+            return self
         failure.invariant(
-            stage in REVOKE_STAGES[self.stage],
-            f"revocation of {self.lease_id} cannot go from {self.stage} to {stage}",
+            stage in LATER_STAGES[self.stage],
+            f"the end of {self.lease_id} cannot go from {self.stage} to {stage}",
         )
         return replace(self, stage=stage)
+
+    def _reached(self) -> RevokeStage:
+        match self.state:
+            case LeaseState.PENDING | LeaseState.ACTIVE:
+                return RevokeStage.ACTIVE
+            case LeaseState.FENCED:
+                return RevokeStage.FENCED
+            case LeaseState.RELEASED:
+                return RevokeStage.TORNDOWN
+        if self.unconfirmed:
+            return RevokeStage.FAILED_CLOSED
+        if self.cause is EndCause.EXPIRED:
+            return RevokeStage.EXPIRED
+        return RevokeStage.REVOKE_WARNING if self.grace_ms else RevokeStage.FORCED_TEARDOWN
 
     @property
     def extent_end(self) -> int:

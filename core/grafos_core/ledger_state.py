@@ -199,7 +199,8 @@ class LedgerState:
         )  # fmt: skip
 
     def _unconfirmed(self, event: Event) -> None:
-        self.leases[LeaseId(event.lease_id)] = replace(self._lease(event), unconfirmed=True)
+        lease = replace(self._lease(event), unconfirmed=True)
+        self.leases[lease.lease_id] = lease.staged()
 
     def _released(self, event: Event) -> None:
         lease = self._lease(event)

@@ -1,7 +1,9 @@
 """The lessor against its written-down conversations, and against random ones under its laws."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -29,6 +31,10 @@ from tests.core import lessor_script
 from tests.golden import run_golden, scripts
 
 HERE = Path(__file__).parent
+A_LEASE = Lease(
+    LeaseId("ab" * 16), "r", TenantId("t"), "h", "k", Kind.MEM, NodeId("n1"), "cd" * 16, 4096, 0,
+    1, 1, 60_000, 0, 60_000, None, 30_000,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("path", scripts(HERE, "lessor"), ids=lambda path: path.stem)
@@ -46,9 +52,42 @@ def test_no_lease_leaves_released() -> None:
     assert {LeaseState.RELEASED} | HELD == set(LeaseState)
 
 
-def test_every_revocation_ends_torn_down_or_fenced() -> None:
-    ends = {stage for stage in RevokeStage if not REVOKE_STAGES[stage]}
-    assert ends == {RevokeStage.TORNDOWN, RevokeStage.FENCED}
+def test_every_revocation_ends_torn_down_at_last() -> None:
+    assert {stage for stage in RevokeStage if not REVOKE_STAGES[stage]} == {RevokeStage.TORNDOWN}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stages"),
+    [
+        ({"cause": EndCause.RELEASE}, "forced_teardown torndown"),
+        ({"cause": EndCause.EXPIRED}, "expired failed_closed torndown"),
+        ({"cause": EndCause.REVOKED}, "forced_teardown failed_closed fenced torndown"),
+        ({"cause": EndCause.REVOKED, "grace_ms": 500}, "revoke_warning fenced torndown"),
+        ({"cause": EndCause.REVOKED, "grace_ms": 500}, "revoke_warning failed_closed torndown"),
+        ({"cause": EndCause.BURNT}, "forced_teardown failed_closed torndown"),
+    ],
+)
+def test_the_stage_that_is_shown_follows_the_end_of_the_lease(
+    changes: dict[str, Any], stages: str
+) -> None:
+    lease = replace(A_LEASE, state=LeaseState.ACTIVE)
+    assert lease.staged().stage is RevokeStage.ACTIVE
+    lease = lease.moved(LeaseState.ENDING, **changes)
+    seen = [lease.stage]
+    for stage in stages.split()[1:]:
+        if stage == "failed_closed":
+            lease = replace(lease, unconfirmed=True).staged()
+        else:
+            state = LeaseState.FENCED if stage == "fenced" else LeaseState.RELEASED
+            lease = lease.moved(state, unconfirmed=False)
+        seen.append(lease.stage)
+    assert [each.value for each in seen] == stages.split()
+
+
+def test_a_stage_never_goes_back() -> None:
+    ended = replace(A_LEASE, state=LeaseState.ENDING, stage=RevokeStage.FAILED_CLOSED)
+    with pytest.raises(InvariantViolation):
+        ended.staged()
 
 
 def test_time_that_goes_back_halts_the_ledger() -> None:
