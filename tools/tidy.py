@@ -30,7 +30,7 @@ CLOCK_READERS = (
     "services/runtime",  # the one clock of the services
     "services/nodeagent/warden",  # ends leases though everything else hangs
     "services/nodeagent/devices",  # worker programs measure what they tear down
-    "protos/grafos_proto/wire/ttrpc.py",  # the deadlines of a socket, which gRPC keeps by itself
+    "protos/grafos_proto/wire/ttrpc",  # the deadlines of a socket, which gRPC keeps by itself
     "sdk/grafos/_clock.py",  # the one clock of the SDK
     "sdk/grafos/_identity_socket.py",  # bounds how long a silent peer may hold a connection
     "protos/grafos_proto/wire/identity.py",  # bounds how long it waits for an answer

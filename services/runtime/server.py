@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 
 from grafos_core import failure
 from grafos_core.failure import invariant
-from grafos_proto.wire import ttrpc
+from grafos_proto.wire import ttrpc_frames as ttrpc
 from grafos_proto.wire.credentials import Provider, make_private_directory
 from services.runtime import telemetry
 from services.runtime.calls import (
@@ -129,6 +129,8 @@ class Server:
         self._stopped.set()
         self.health.enter_graceful_shutdown()
         ends = [server.stop(grace_ms / 1000) for server in self._servers]
+        for local in self._locals:
+            local.drain()
         for local in self._locals:
             local.stop(grace_ms)
         for end in ends:

@@ -1,143 +1,71 @@
 """Calls between processes of one machine: ttRPC on a unix socket, a tenth of what gRPC costs.
 
 The same services and messages as over gRPC, and the same stubs: a `Channel` is what protoc's stubs
-take. The framing and the envelope are ttRPC's (containerd's PROTOCOL.md, version 1.2):
-
-    length u32 │ stream u32 │ type u8 │ flags u8 │ data       big-endian, data ≤ 4 MiB
-
-There is no TLS. Instead the socket lies in a folder that only its owner may enter, the server looks
-at the user at the other end, and both ends prove the keys of their certificates over one
+take. There is no TLS. Instead the socket lies in a folder that only its owner may enter, the server
+looks at the user at the other end, and both ends prove the keys of their certificates over one
 transcript before the first call (`Hello`, `Prove`; protos/grafos_proto/v1/ttrpc.proto).
 
 Rules. A connection of ours carries one call at a time, so whoever calls also reads the answer and
 no other thread is woken; calls at the same time take a connection each. A connection on which a
 call was given up, by deadline or cancellation, is closed: that is also how the server learns of it.
-A connection is left before the server would end it for its age.
+A connection is left before the server would end it for its age, and no call outlives that age,
+whoever has stopped. One that turns out to be closed when a request is sent has carried nothing of
+it, so the request goes over another one. A forked child closes its copies and says nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
+import os
 import secrets
-import select
 import socket
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
-import grpc
-from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError, Message
-from google.rpc import status_pb2  # type: ignore[import-untyped]
 
 from grafos_core import failure
 from grafos_core.failure import FabricError
 from grafos_core.spiffe import Identity
-from grafos_proto.v1 import lease_pb2, ttrpc_pb2
-from grafos_proto.wire import certificates, failures
+from grafos_proto.v1 import ttrpc_pb2
+from grafos_proto.wire import certificates
+from grafos_proto.wire.ttrpc_frames import (
+    CLIENT_DOMAIN,
+    DATA,
+    DATA_BYTES_MAX,
+    GREETING,
+    NEVER,
+    NO_DATA,
+    NONCE_BYTES,
+    REMOTE_CLOSED,
+    REMOTE_OPEN,
+    REQUEST,
+    RESPONSE,
+    SERVER_DOMAIN,
+    SUFFIX,
+    TIMEOUT_S_MAX,
+    VERSION,
+    Broken,
+    Frame,
+    Frames,
+    failure_of,
+    transcript,
+)
 
-SUFFIX: Final = ".t"
-"""Where `unix:<path>` is served by gRPC, `<path>.t` is served by ttRPC."""
-VERSION: Final = 1
-HEADER: Final = struct.Struct(">IIBB")
-DATA_BYTES_MAX: Final = 4 << 20
-REQUEST, RESPONSE, DATA = 1, 2, 3
-REMOTE_CLOSED, REMOTE_OPEN, NO_DATA = 1, 2, 4
-NONCE_BYTES: Final = 32
-GREETING: Final = "grafos.v1.LocalService"
-SERVER_DOMAIN, CLIENT_DOMAIN = "grafos-local-server", "grafos-local-client"
 HANDSHAKE_S: Final = 5.0
 IDLE_MAX: Final = 16
 """Connections kept open beside the ones in use."""
 AGE_PART: Final = 0.5
 """Of the age at which the server ends a connection; we leave it then."""
-RECEIVE_BYTES: Final = 64 * 1024
-_NO_DEADLINE: Final = float("inf")
-_STATUS: Final[dict[int, grpc.StatusCode]] = {each.value[0]: each for each in grpc.StatusCode}
+AGE_GRACE_S: Final = 5.0
+"""A server that has not ended a connection so long after its age has stopped."""
+_TIMEVAL: Final = struct.Struct("ll")
 
 Metadata = Sequence[tuple[str, str]]
-
-
-class Frame(NamedTuple):
-    """One message as it came."""
-
-    stream: int
-    kind: int
-    flags: int
-    data: bytes
-
-
-class Broken(Exception):
-    """The other end is gone, or does not speak this protocol."""
-
-
-class Frames:
-    """Reads and writes frames on one socket. One thread reads; several may write."""
-
-    def __init__(self, sock: socket.socket, bytes_max: int = DATA_BYTES_MAX) -> None:
-        self.sock, self._bytes_max = sock, bytes_max
-        self._buffer = bytearray()
-        self._writing = threading.Lock()
-
-    def send(self, stream: int, kind: int, data: bytes, flags: int = 0) -> None:
-        with self._writing:
-            self.sock.sendall(HEADER.pack(len(data), stream, kind, flags) + data)
-
-    def receive(self) -> Frame:
-        """The next frame; one whose data is over the limit comes with none, under flag `0xFF`.
-
-        Raises:
-            TimeoutError: the socket's time-out, between two pieces.
-            Broken: the end, or what is no frame.
-        """
-        while len(self._buffer) < HEADER.size:
-            self._fill()
-        length, stream, kind, flags = HEADER.unpack_from(self._buffer)
-        if length > DATA_BYTES_MAX:
-            raise Broken("a frame of more than 4 MiB")
-        whole = HEADER.size + length
-        if length > self._bytes_max:
-            self._skip(whole)
-            return Frame(stream, kind, 0xFF, b"")
-        while len(self._buffer) < whole:
-            self._fill()
-        data = bytes(self._buffer[HEADER.size : whole])
-        del self._buffer[:whole]
-        return Frame(stream, kind, flags, data)
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether a part of the next frame is here already."""
-        return bool(self._buffer)
-
-    def _fill(self) -> None:
-        piece = self.sock.recv(RECEIVE_BYTES)
-        if not piece:
-            raise Broken("closed by the other end")
-        self._buffer += piece
-
-    def _skip(self, count: int) -> None:
-        while len(self._buffer) < count:
-            count -= len(self._buffer)
-            self._buffer.clear()
-            self._fill()
-        del self._buffer[:count]
-
-
-def transcript(hello: Any, nonce: bytes, chain_pem: bytes) -> bytes:
-    """What both ends sign: everything that was said, with its lengths."""
-    parts = (hello.nonce, nonce, hello.chain_pem, chain_pem)
-    framed = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
-    return hashlib.sha256(hello.version.to_bytes(4, "big") + framed).digest()
-
-
-def response_of(code: int, message: str, details: Iterable[Any]) -> bytes:
-    """An encoded response that is a refusal."""
-    status = ttrpc_pb2.TtrpcStatus(code=code, message=message, details=details)
-    return ttrpc_pb2.TtrpcResponse(status=status).SerializeToString()
 
 
 class Channel:
@@ -150,6 +78,7 @@ class Channel:
         self._busy: set[_Connection] = set()
         self._lock = threading.Lock()
         self._closed = False
+        _channels.add(self)
 
     def unary_unary(self, method: str, *coders: Any, **named: Any) -> _Method:
         return self._method(method, coders, named, streams=False)
@@ -164,15 +93,65 @@ class Channel:
         return self._method(method, coders, named, streams=True, many=True)
 
     def close(self) -> None:
-        """End every call, also those of other threads, which close what they call on."""
+        """End every call, also those of other threads."""
         with self._lock:
             self._closed = True
             idle, busy = list(self._idle), list(self._busy)
             self._idle.clear()
+        for each in busy:
+            each.shut()  # whoever calls on it closes it
         for each in idle:
             each.close()
-        for each in busy:
-            each.shut()
+
+    def take(self, deadline: float) -> _Connection:
+        """A connection that is ours until it is given back or dropped."""
+        now = time.monotonic()
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise failure.of("CLOSED")
+                found = self._idle.pop() if self._idle else None
+                if found is not None:
+                    self._busy.add(found)
+            if found is None:
+                return self._opened(deadline)
+            if now < found.leave_at:
+                return found
+            self.drop(found)
+
+    def give_back(self, connection: _Connection) -> None:
+        """Keep it for the next call, and let go of the one that has waited longest for one."""
+        connection.is_new = False
+        surplus = connection
+        with self._lock:
+            self._busy.discard(connection)
+            if not self._closed:
+                self._idle.append(connection)
+                oldest = self._idle[0]
+                if len(self._idle) <= IDLE_MAX and time.monotonic() < oldest.leave_at:
+                    return
+                surplus = self._idle.popleft()
+        surplus.close()
+
+    def drop(self, connection: _Connection) -> None:
+        """Takes no lock, since a collected stream comes here from whatever was running."""
+        self._busy.discard(connection)
+        connection.close()
+
+    def forget(self) -> None:
+        """In a forked child: what is open is the parent's; ours will be connections of our own."""
+        self._lock = threading.Lock()
+        self._idle.clear()
+        self._busy.clear()
+
+    def _opened(self, deadline: float) -> _Connection:
+        made = _Connection.open(self._path, self._credentials, self._peer, deadline)
+        with self._lock:
+            if not self._closed:
+                self._busy.add(made)
+                return made
+        made.close()
+        raise failure.of("CLOSED")
 
     def _method(
         self, name: str, coders: Any, named: Any, *, streams: bool, many: bool = False
@@ -183,47 +162,6 @@ class Channel:
         service, _, method = name.lstrip("/").partition("/")
         return _Method(self, service, method, encode, decode, streams, many)
 
-    def take(self, deadline: float) -> _Connection:
-        """A connection that is ours until it is given back or shut."""
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise failure.of("CLOSED")
-                found = self._idle.pop() if self._idle else None
-                if found is not None:
-                    self._busy.add(found)
-            if found is None:
-                break
-            if found.is_fresh():
-                return found
-            self.drop(found)
-        made = _Connection.open(self._path, self._credentials, self._peer, deadline)
-        if not self._add(made):
-            made.close()
-            raise failure.of("CLOSED")
-        return made
-
-    def _add(self, connection: _Connection) -> bool:
-        with self._lock:
-            if not self._closed:
-                self._busy.add(connection)
-            return not self._closed
-
-    def give_back(self, connection: _Connection) -> None:
-        """For the next call; one whose call was given up is closed."""
-        with self._lock:
-            self._busy.discard(connection)
-            keep = connection.is_clean and not self._closed and len(self._idle) < IDLE_MAX
-            if keep:
-                self._idle.append(connection)
-        if not keep:
-            connection.close()
-
-    def drop(self, connection: _Connection) -> None:
-        with self._lock:
-            self._busy.discard(connection)
-        connection.close()
-
 
 class _Method:
     """One method of a stub: called like gRPC's, failing with our failures."""
@@ -233,8 +171,9 @@ class _Method:
         streams: bool, many: bool,
     ) -> None:  # fmt: skip
         self._channel, self._service, self._name = channel, service, method
-        self._encode, self._decode = encode, decode
+        self._encode, self._decode = encode or _as_it_is, decode or _as_it_is
         self._streams, self._many = streams, many
+        self._flags = REMOTE_OPEN if many else REMOTE_CLOSED if streams else 0
 
     def __call__(
         self,
@@ -244,37 +183,79 @@ class _Method:
         **_: Any,
     ) -> Any:
         """The answer; of a method that streams, an iterator of answers with `cancel()`."""
-        deadline = _NO_DEADLINE if timeout is None else time.monotonic() + timeout
-        connection = self._channel.take(deadline)
-        handed_on = False
+        if timeout is not None and timeout <= 0:
+            raise failure.of("DEADLINE")
+        deadline = NEVER if timeout is None else time.monotonic() + timeout
+        payload = b"" if self._many else self._encode(request)
+        connection = self._begin(payload, deadline, metadata)
         try:
-            connection.begin(
-                self._envelope(request, timeout, metadata),
-                REMOTE_OPEN if self._many else REMOTE_CLOSED if self._streams else 0,
-                deadline,
-            )
-            if self._many:
-                for each in request:
-                    connection.go_on(self._encode(each), deadline)
-                connection.go_on(b"", deadline, REMOTE_CLOSED | NO_DATA)
             if self._streams:
-                handed_on = True
-                return _Answers(self._channel, connection, self._decode, deadline)
-            return self._decode(connection.answer(deadline))
-        finally:
-            if not handed_on:
-                self._channel.give_back(connection)
+                return self._answers(connection, request, deadline)
+            if self._many:
+                self._send_all(connection, request, deadline)
+            payload = connection.answer(deadline)
+        except BaseException:
+            self._channel.drop(connection)
+            raise
+        self._channel.give_back(connection)
+        if isinstance(payload, FabricError):
+            raise payload
+        return self._decode(payload)
 
-    def _envelope(self, request: Any, timeout: float | None, metadata: Metadata | None) -> bytes:
+    def _begin(self, payload: bytes, deadline: float, metadata: Metadata | None) -> _Connection:
+        """A connection that has taken the request."""
+        while True:
+            connection = self._channel.take(deadline)
+            try:
+                connection.begin(self._envelope(payload, deadline, metadata), self._flags, deadline)
+                return connection
+            except _Stale:  # each is dropped, so this ends with a new one
+                self._channel.drop(connection)
+            except BaseException:
+                self._channel.drop(connection)
+                raise
+
+    def _envelope(self, payload: bytes, deadline: float, metadata: Metadata | None) -> bytes:
+        nanoseconds = 0
+        if deadline != NEVER:
+            left_s = min(deadline - time.monotonic(), TIMEOUT_S_MAX)
+            nanoseconds = max(1, int(left_s * 1e9))
         envelope = ttrpc_pb2.TtrpcRequest(
-            service=self._service,
-            method=self._name,
-            payload=b"" if self._many else self._encode(request),
-            timeout_nano=0 if timeout is None else max(1, int(timeout * 1e9)),
+            service=self._service, method=self._name, payload=payload, timeout_nano=nanoseconds
         )
         for key, value in metadata or ():
             envelope.metadata.add(key=key, value=value)
         return envelope.SerializeToString()
+
+    def _send_all(self, connection: _Connection, requests: Iterable[Any], deadline: float) -> None:
+        """All requests, unless the server answers before it has them all."""
+        for each in requests:
+            if connection.has_news():
+                return
+            connection.go_on(self._encode(each), deadline)
+        connection.go_on(b"", deadline, REMOTE_CLOSED | NO_DATA)
+
+    def _answers(self, connection: _Connection, requests: Any, deadline: float) -> _Answers:
+        answers = _Answers(self._channel, connection, self._decode, deadline)
+        if self._many:
+            sending = threading.Thread(
+                target=self._send_beside, args=(connection, requests, deadline), daemon=True
+            )
+            connection.is_shared = True
+            sending.start()
+        return answers
+
+    def _send_beside(self, connection: _Connection, requests: Any, deadline: float) -> None:
+        """Send while another thread reads the answers; what fails, fails there."""
+        try:
+            for each in requests:
+                connection.go_on(self._encode(each), deadline)
+            connection.go_on(b"", deadline, REMOTE_CLOSED | NO_DATA)
+        except FabricError:
+            return  # the end of the call is for whoever reads to tell
+        except BaseException:
+            connection.shut()
+            raise
 
 
 class _Answers:
@@ -295,13 +276,15 @@ class _Answers:
             raise StopIteration
         try:
             payload = self._connection.next_data(self._deadline)
-        except FabricError:
+        except BaseException:
             self._end()
             raise
-        if payload is None:
-            self._end()
-            raise StopIteration
-        return self._decode(payload)
+        if isinstance(payload, bytes):
+            return self._decode(payload)
+        self._end()
+        if payload is not None:
+            raise payload
+        raise StopIteration
 
     def cancel(self) -> bool:
         """End the call; who waits for the next answer gets UNREACHABLE."""
@@ -310,12 +293,20 @@ class _Answers:
 
     def _end(self) -> None:
         self._over = True
-        self._channel.give_back(self._connection)
+        if self._connection.is_clean:
+            self._channel.give_back(self._connection)
+        else:
+            self._channel.drop(self._connection)
 
     def __del__(self) -> None:
         if not self._over:
-            self.cancel()
-            self._end()
+            self._over = True
+            self._connection.shut()
+            self._channel.drop(self._connection)
+
+
+class _Stale(Exception):
+    """A connection that was kept has ended before it took the request."""
 
 
 class _Connection:
@@ -324,91 +315,110 @@ class _Connection:
     def __init__(self, frames: Frames) -> None:
         self._frames = frames
         self._stream = -1
-        self._leave_at = _NO_DEADLINE
+        self.leave_at = self._end_at = NEVER
+        self.is_new = True
         self.is_clean = True
         """No call is under way, and none was given up."""
+        self.is_shared = False
+        """Another thread may still be sending on it: it is not kept."""
+        _connections.add(self)
 
     @classmethod
     def open(cls, path: str, credentials: Any, peer: Identity, deadline: float) -> _Connection:
-        """Connect and prove each other. UNREACHABLE where nobody listens, IDENTITY where it is
-        somebody else."""
-        deadline = min(deadline, time.monotonic() + HANDSHAKE_S)
+        """Connect and prove each other.
+
+        Raises:
+            Disconnected: nobody listens or answers; DEADLINE where it was ours that passed.
+            Denied: it is somebody else, or does not believe us.
+        """
+        until = min(deadline, time.monotonic() + HANDSHAKE_S)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         made = cls(Frames(sock))
-        proved = False
         try:
-            made._wait(deadline)
+            left_us = max(1, int((until - time.monotonic()) * 1e6))
+            # What bounds connect(2) of a unix socket; it is not looked at after that.
+            patience = _TIMEVAL.pack(*divmod(left_us, 1_000_000))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
             sock.connect(path)
-            made._greet(credentials, peer, deadline)
-            proved = True
+            made._greet(credentials, peer, until)
         except OSError as error:
+            made.close()
+            if deadline <= time.monotonic():
+                raise failure.of("DEADLINE") from None
             raise failure.of("UNREACHABLE", error.strerror or "nobody listens") from None
-        finally:
-            if not proved:
-                sock.close()
+        except failure.DeadlineExceeded:
+            made.close()
+            if deadline <= time.monotonic():
+                raise
+            raise failure.of("UNREACHABLE", "no greeting") from None
+        except BaseException:
+            made.close()
+            raise
         return made
 
-    def is_fresh(self) -> bool:
-        """Whether it may carry another call: the other end has neither closed it nor will soon."""
-        if time.monotonic() >= self._leave_at:
-            return False
-        poll = select.poll()
-        poll.register(self._frames.sock, select.POLLIN)
-        return not poll.poll(0)
-
     def begin(self, envelope: bytes, flags: int, deadline: float) -> None:
+        if len(envelope) > DATA_BYTES_MAX:
+            raise failure.of("MESSAGE_SIZE", "request")
         self.is_clean = False
         self._stream += 2
         self._send(REQUEST, envelope, deadline, flags)
 
     def go_on(self, payload: bytes, deadline: float, flags: int = 0) -> None:
+        if len(payload) > DATA_BYTES_MAX:
+            raise failure.of("MESSAGE_SIZE", "request")
         self._send(DATA, payload, deadline, flags)
 
-    def answer(self, deadline: float) -> bytes:
-        """The response to the call that was begun."""
+    def has_news(self) -> bool:
+        return self._frames.has_news()
+
+    def answer(self, deadline: float) -> bytes | FabricError:
+        """The response to the call that was begun, or the refusal."""
         frame = self._receive(deadline)
         if frame.kind != RESPONSE:
             raise failure.of("UNREACHABLE", "not an answer")
         return self._opened(frame.data)
 
-    def next_data(self, deadline: float) -> bytes | None:
-        """The next answer of a stream; None: that was all."""
+    def next_data(self, deadline: float) -> bytes | FabricError | None:
+        """The next answer of a stream, or the refusal; None: that was all."""
         frame = self._receive(deadline)
         if frame.kind == RESPONSE:
-            self._opened(frame.data)
-            return None
+            last = self._opened(frame.data)
+            return last if isinstance(last, FabricError) else None
         if frame.flags & NO_DATA and frame.flags & REMOTE_CLOSED:
-            self.is_clean = True
+            self.is_clean = not self.is_shared
             return None
         return frame.data
 
     def shut(self) -> None:
         """Wake whoever waits on it; from any thread."""
+        self.is_shared = True
         self.is_clean = False
-        try:
-            self._frames.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it was over already
-            return
+        self._frames.shut()
 
     def close(self) -> None:
         self.is_clean = False
-        self._frames.sock.close()
+        self._frames.close()
 
-    def call(self, service: str, method: str, request: Message, deadline: float) -> bytes:
+    def forget(self) -> None:
+        self._frames.forget()
+
+    def _call(self, method: str, request: Message, deadline: float) -> bytes:
+        """One call of the greeting."""
         envelope = ttrpc_pb2.TtrpcRequest(
-            service=service, method=method, payload=request.SerializeToString()
+            service=GREETING, method=method, payload=request.SerializeToString()
         )
         self.begin(envelope.SerializeToString(), 0, deadline)
-        return self.answer(deadline)
+        payload = self.answer(deadline)
+        if isinstance(payload, FabricError):
+            raise payload
+        return payload
 
     def _greet(self, credentials: Any, peer: Identity, deadline: float) -> None:
         hello = ttrpc_pb2.LocalHelloRequest(
             version=VERSION, nonce=secrets.token_bytes(NONCE_BYTES), chain_pem=credentials.chain_pem
         )
         try:
-            said = ttrpc_pb2.LocalHelloResponse.FromString(
-                self.call(GREETING, "Hello", hello, deadline)
-            )
+            said = ttrpc_pb2.LocalHelloResponse.FromString(self._call("Hello", hello, deadline))
         except DecodeError:
             raise failure.of("IDENTITY", "not a greeting") from None
         now_ms = time.time_ns() // 1_000_000
@@ -419,70 +429,59 @@ class _Connection:
         leaf = certificates.load_certificates(said.chain_pem)[0]
         certificates.check_proof(leaf, SERVER_DOMAIN, digest, said.proof)
         proof = certificates.prove(credentials.key, CLIENT_DOMAIN, digest)
-        self.call(GREETING, "Prove", ttrpc_pb2.LocalProveRequest(proof=proof), deadline)
-        self._leave_at = time.monotonic() + said.connection_age_ms / 1000 * AGE_PART
+        self._call("Prove", ttrpc_pb2.LocalProveRequest(proof=proof), deadline)
+        now, age_s = time.monotonic(), said.connection_age_ms / 1000
+        self.leave_at, self._end_at = now + age_s * AGE_PART, now + age_s + AGE_GRACE_S
 
     def _send(self, kind: int, data: bytes, deadline: float, flags: int) -> None:
         try:
-            self._wait(deadline)
-            self._frames.send(self._stream, kind, data, flags)
+            self._frames.send(self._stream, kind, data, flags, until=min(deadline, self._end_at))
         except TimeoutError:
-            raise failure.of("DEADLINE") from None
+            raise self._too_late(deadline) from None
         except OSError:
+            if kind == REQUEST and not self.is_new:
+                raise _Stale from None
             raise failure.of("UNREACHABLE", "the connection broke") from None
 
     def _receive(self, deadline: float) -> Frame:
         """The next frame of our call."""
+        until = min(deadline, self._end_at)
         try:
             while True:
-                self._wait(deadline)
-                frame = self._frames.receive()
+                frame = self._frames.receive(until)
                 if frame.stream == self._stream:
                     return frame
         except TimeoutError:
-            raise failure.of("DEADLINE") from None
+            raise self._too_late(deadline) from None
         except (OSError, Broken):
             raise failure.of("UNREACHABLE", "the connection broke") from None
 
-    def _opened(self, data: bytes) -> bytes:
+    def _too_late(self, deadline: float) -> FabricError:
+        if deadline <= self._end_at:
+            return failure.of("DEADLINE")
+        return failure.of("UNREACHABLE", "the connection is too old")
+
+    def _opened(self, data: bytes) -> bytes | FabricError:
         try:
             response = ttrpc_pb2.TtrpcResponse.FromString(data)
         except DecodeError:
             raise failure.of("UNREACHABLE", "not an answer") from None
-        self.is_clean = True
-        if response.status.code:
-            raise failure_of(response.status)
-        return response.payload
-
-    def _wait(self, deadline: float) -> None:
-        """Let the socket wait until then; between two pieces of one message the time starts anew,
-        so what trickles in is bounded by its size, not by the deadline alone."""
-        if deadline == _NO_DEADLINE:
-            self._frames.sock.settimeout(None)
-            return
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError
-        self._frames.sock.settimeout(left_s)
+        self.is_clean = not self.is_shared
+        return failure_of(response.status) if response.status.code else response.payload
 
 
-def failure_of(status: ttrpc_pb2.TtrpcStatus) -> FabricError:
-    """The failure that the other end raised."""
-    detail = lease_pb2.FailureDetail()
-    for each in status.details:
-        if each.Unpack(detail) and detail.code:
-            return failures.failure_of(detail)
-    return failures.from_status(_STATUS.get(status.code, grpc.StatusCode.UNKNOWN), status.message)
+def _as_it_is(message: bytes) -> bytes:
+    return message
 
 
-def details_of(trailers: Iterable[tuple[str, bytes]]) -> list[Any]:
-    """The details for a response, from the trailers that gRPC would have carried."""
-    details: list[Any] = []
-    for name, value in trailers:
-        if name == failures.FAILURE_TRAILER:
-            packed = any_pb2.Any()
-            packed.Pack(lease_pb2.FailureDetail.FromString(value))
-            details.insert(0, packed)
-        elif name == failures.DETAILS_TRAILER:
-            details += status_pb2.Status.FromString(value).details
-    return details
+def _in_child() -> None:
+    """Copies that a child kept open would hide the parent's death from the server."""
+    for connection in list(_connections):
+        connection.forget()
+    for channel in list(_channels):
+        channel.forget()
+
+
+_channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+_connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_in_child)
