@@ -21,8 +21,8 @@ from grafos_core import surface
 from grafos_core.chain import BATCH_RECORDS_MAX, Chain, EventKind, Record, Seal, seal_bytes
 from grafos_core.node_effects import Instant
 from grafos_core.receipt import Outcome
+from grafos_core.recollection import CREDITED, PROVING, Recollection
 from grafos_core.surface_state import SurfaceState
-from services.nodeagent.recollection import CREDITED, PROVING, Recollection
 from services.nodeagent.store import Store
 from services.runtime import signing
 

@@ -43,11 +43,11 @@ from grafos_core.node_effects import (
     WardenRaise,
 )
 from grafos_core.receipt import MEASURED_CHARS_MAX, Outcome, shortened
+from grafos_core.recollection import PROVING
 from grafos_core.teardown import Step
 from services.nodeagent.frontdesk import failure_message
 from services.nodeagent.gatepage import CellState, GatePage
 from services.nodeagent.ipc import Message
-from services.nodeagent.recollection import PROVING
 from services.nodeagent.slices import Slices
 from services.runtime.faults import fault
 

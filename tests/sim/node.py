@@ -43,11 +43,11 @@ from grafos_core.node_effects import (
     WardenRaise,
 )
 from grafos_core.receipt import ClearOrder, Outcome
+from grafos_core.recollection import Recollection
 from grafos_core.surface_state import SurfaceState
 from grafos_core.teardown import Step
 from grafos_core.token import LeaseToken, audience_of
 from grafos_core.warden import TakeBack, WardenCore
-from services.nodeagent.recollection import Recollection
 from tests.sim.ledger import ISSUER, Ledger
 from tests.sim.world import Clock, LawBroken, World
 
