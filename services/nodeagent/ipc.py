@@ -110,15 +110,18 @@ class Link:
             raise failure.of("MESSAGE_SIZE", f"{len(data)} bytes between processes")
         failure.invariant(len(fds) <= self._fds_max, f"at most {self._fds_max} descriptors")
         with self._send_lock:
-            self._wait_for(select.POLLOUT, timeout_ms, "the other end does not read")
             try:
-                _send(self._sock, data, fds)
+                try:
+                    _send(self._sock, data, fds)
+                except BlockingIOError:  # full: only now is it worth to ask when it will not be
+                    self._wait_for(select.POLLOUT, timeout_ms, "the other end does not read")
+                    _send(self._sock, data, fds)
             except OSError as error:
                 raise LinkClosed(errno.errorcode.get(error.errno or 0, "closed")) from None
 
     def receive(self, timeout_ms: int | None = None) -> tuple[Message, list[int]] | None:
         """The next message and its descriptors; None if none came in time."""
-        if not self._ready(select.POLLIN, timeout_ms):
+        if timeout_ms is not None and not self._ready(select.POLLIN, timeout_ms):
             return None
         try:
             data, fds, flags = _receive(self._sock, self._fds_max)

@@ -42,6 +42,9 @@ class Owner(Protocol):
     def registration(self) -> ledger_pb2.RegisterRequest:
         """What the node says of itself now."""
 
+    def name(self) -> tuple[str, str]:
+        """The node's id and its incarnation."""
+
     def registered(self, response: ledger_pb2.RegisterResponse) -> None: ...
 
     def unreachable(self, why: str) -> None: ...
@@ -166,10 +169,10 @@ class LedgerLink:
     def _report(self, bound: list[Reported]) -> None:
         if not bound:
             return
-        about = self._owner.registration()
+        node_id, incarnation = self._owner.name()
         request = ledger_pb2.ReportBoundRequest(
-            node_id=about.node_id,
-            incarnation=about.incarnation,
+            node_id=node_id,
+            incarnation=incarnation,
             bound=[
                 ledger_pb2.Bound(lease_id=lease_id, epoch=epoch, generation=generation)
                 for lease_id, epoch, generation in bound

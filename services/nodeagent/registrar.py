@@ -70,6 +70,9 @@ class Registrar:
     def registration(self) -> ledger_pb2.RegisterRequest:
         return self._control.loop.call(self._registration, CALL_MS_MAX)
 
+    def name(self) -> tuple[str, str]:
+        return self._control.node_id, self._control.rooms.book.incarnation
+
     def registered(self, response: ledger_pb2.RegisterResponse) -> None:
         control = self._control
         now = control.now()
