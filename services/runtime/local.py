@@ -171,13 +171,12 @@ class LocalServer:
         connections = self._all()
         if len(connections) < self.gate.limits.calls_max:
             return True
-        idle = [each for each in connections if each.is_idle]
-        if not idle:
-            return False
-        oldest = min(idle, key=lambda each: each.used_ms)
-        self.gone(oldest)
-        oldest.drain()
-        return True
+        for each in sorted(connections, key=lambda each: each.used_ms):
+            if each.is_idle:
+                self.gone(each)
+                each.drain()
+                return True
+        return False
 
     def _watch(self) -> None:
         quiet = 0

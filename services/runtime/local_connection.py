@@ -18,7 +18,7 @@ import secrets
 import socket
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from google.protobuf.message import DecodeError
 
@@ -29,8 +29,8 @@ from grafos_proto.wire import certificates, failures
 from grafos_proto.wire import ttrpc_frames as ttrpc
 from grafos_proto.wire.credentials import Provider
 from grafos_proto.wire.ttrpc_frames import Broken, Frame, Frames
-from services.runtime.calls import Gate
-from services.runtime.limits import BUSY_RETRY_MS
+from services.runtime.clock import Clock
+from services.runtime.limits import BUSY_RETRY_MS, Limits
 from services.runtime.local_call import Flooded, LocalCall
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Connection:
         self.leaf_pem = b""
         """The certificate that was proved; empty until then."""
         self._frames = Frames(sock, GREETING_BYTES_MAX)
-        self._greeting = _Greeting(server.provider)
+        self._greeting = Greeting(server.provider)
         self._lock = threading.Lock()
         self._turn, self._idle = threading.Condition(self._lock), threading.Condition(self._lock)
         self._is_read = True
@@ -77,8 +77,8 @@ class Connection:
 
     @property
     def is_idle(self) -> bool:
-        """Without a call; it may make room for another one."""
-        return not self._serving
+        """Without a call, also one that has not been read yet; it may make room for another one."""
+        return not self._serving and not self._frames.has_begun and self._frames.is_silent()
 
     def look(self, now_ms: int) -> None:
         """From the watch: end what is too old, and read on beside a call that takes long."""
@@ -263,7 +263,7 @@ class Connection:
         return None
 
     def _request(self, frame: Frame) -> LocalCall | None:
-        envelope = None if frame.is_oversize else _envelope(frame)
+        envelope = None if frame.is_oversize else envelope_of(frame)
         limits = self.gate.limits
         if envelope is None or len(envelope.payload) > limits.receive_bytes_max:
             self.refuse(frame.stream, failure.of("MESSAGE_SIZE", "request"))
@@ -289,7 +289,7 @@ class Connection:
         try:
             if frame.is_oversize:
                 raise failure.of("MESSAGE_SIZE", "greeting")
-            envelope = _envelope(frame)
+            envelope = envelope_of(frame)
             if envelope.service != ttrpc.GREETING:
                 raise failure.of("IDENTITY", "the connection has proved nobody")
             answer = self._greeting.answer(envelope.method, envelope.payload, self.gate)
@@ -303,7 +303,20 @@ class Connection:
         self.send(frame.stream, ttrpc.RESPONSE, data)
 
 
-class _Greeting:
+class Terms(Protocol):
+    """What a greeting holds its client to."""
+
+    @property
+    def trust_domain(self) -> str: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+
+class Greeting:
     """The server's side of the proof of both keys."""
 
     def __init__(self, provider: Provider) -> None:
@@ -312,7 +325,7 @@ class _Greeting:
         self._leaf_pem = b""
         self.proved = b""
 
-    def answer(self, method: str, payload: bytes, gate: Gate) -> bytes:
+    def answer(self, method: str, payload: bytes, gate: Terms) -> bytes:
         try:
             if method == "Hello" and not self._digest:
                 return self._hello(ttrpc_pb2.LocalHelloRequest.FromString(payload), gate)
@@ -322,7 +335,7 @@ class _Greeting:
             raise failure.of("IDENTITY", "not a greeting") from None
         raise failure.of("IDENTITY", "first Hello, then Prove, each once")
 
-    def _hello(self, hello: ttrpc_pb2.LocalHelloRequest, gate: Gate) -> bytes:
+    def _hello(self, hello: ttrpc_pb2.LocalHelloRequest, gate: Terms) -> bytes:
         if hello.version != ttrpc.VERSION or len(hello.nonce) != ttrpc.NONCE_BYTES:
             raise failure.of("VERSION", "greeting")
         ours = self._provider()
@@ -347,7 +360,8 @@ class _Greeting:
         return ttrpc_pb2.LocalProveResponse().SerializeToString()
 
 
-def _envelope(frame: Frame) -> Any:
+def envelope_of(frame: Frame) -> Any:
+    """The request that a frame carries."""
     try:
         return ttrpc_pb2.TtrpcRequest.FromString(frame.data)
     except DecodeError:

@@ -470,6 +470,16 @@ class _Connection:
         return failure_of(response.status) if response.status.code else response.payload
 
 
+def greet(frames: Frames, credentials: Any, peer: Identity, deadline: float) -> None:
+    """Prove each other on a connection that speaks another protocol afterwards.
+
+    Raises:
+        Disconnected: nobody answers there.
+        Denied: it is not `peer`, or it does not believe us.
+    """
+    _Connection(frames)._greet(credentials, peer, deadline)
+
+
 def _as_it_is(message: bytes) -> bytes:
     return message
 

@@ -130,6 +130,13 @@ class Frames:
         """Whether `receive` would find something at once."""
         return bool(self._buffer or self._readable.poll(0))
 
+    def is_silent(self) -> bool:
+        """Whether nothing has come that nobody has read; from any thread."""
+        try:
+            return not self._sock.recv(1, _AT_ONCE | socket.MSG_PEEK)
+        except OSError:  # mostly: would have to wait
+            return True
+
     def shut(self) -> None:
         """Whoever reads or writes wakes up, at both ends; from any thread."""
         with self._ending:
