@@ -226,7 +226,11 @@ def take_over(folder: Path, rooms: Rooms) -> tuple[Leftovers, list[LeaseId]]:
     past, slices = rooms.book.recollection, rooms.slices
     leases = (*past.open_binds, *past.fenced)
     out = {facts.lease_id for facts in leases if slices.may_be_out(facts)}
-    found = leftovers.gather(folder, rooms.book.incarnation, leases, out)
+
+    def exported(lease_id: str) -> int | None:
+        return slices.since(lease_id) if lease_id in out else None
+
+    found = leftovers.gather(folder, rooms.book.incarnation, leases, exported)
     for facts in leases:
         lease_id = facts.lease_id
         memory_fd, unreachable = found.memory.get(lease_id), found.unreachable.get(lease_id, "")

@@ -39,6 +39,7 @@ from grafos_core.receipt import ClearOrder
 from grafos_core.spiffe import Identity
 from grafos_core.token import LeaseToken
 from services.nodeagent.book import Book
+from services.nodeagent.exports import ANY_AGE
 from services.nodeagent.frontdesk import failure_message
 from services.nodeagent.frontline import FrontLine, Reply
 from services.nodeagent.gatepage import GatePage
@@ -46,6 +47,7 @@ from services.nodeagent.ipc import Message, close_all
 from services.nodeagent.leftovers import Leftovers
 from services.nodeagent.meters import Meters
 from services.nodeagent.nodecontrol import Question
+from services.nodeagent.orphans import began_ticks
 from services.nodeagent.performer import Partners, Performer, Tools
 from services.nodeagent.pidwatch import ProcessWatch, Watched
 from services.nodeagent.slices import Slices
@@ -109,6 +111,8 @@ class Control:
         self._effects: list[Effect] = []
         self._after: list[Callable[[], None]] = []
         self._holders: dict[str, Watched] = {}
+        self._began: dict[str, int] = {}
+        """By session, when its process began, in clock ticks."""
         """The watched process of each session."""
         self._connected: set[str] = set()
         """Sessions that have had a connection."""
@@ -365,7 +369,9 @@ class Control:
             reply({"failure": failure_message(failure.of("NOT_FOUND", lease_id=lease_id))})
             return
         if message["exported"]:
-            self.rooms.slices.export(held)
+            if session not in self._began:
+                self._began[session] = min(map(began_ticks, fds), default=ANY_AGE)
+            self.rooms.slices.export(held, self._began[session])
             self.core.exported(lease_id)
         if session in self._holders:
             close_all(fds)
@@ -376,6 +382,7 @@ class Control:
     def _watch_holder(self, session: str, fds: list[int]) -> None:
         def gone(now: Instant) -> list[Effect]:
             self._holders.pop(session, None)
+            self._began.pop(session, None)
             return self.core.holder_exited(session, now)
 
         def died() -> None:

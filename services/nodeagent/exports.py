@@ -3,7 +3,11 @@
 When an agent and its warden die together, the next agent must know which memory may still be in
 somebody's hands. Only what left the agent can be; the rest died with the agent's own processes.
 
-    header   magic, the machine's boot id              slot   16 bytes: a lease id, or zeros
+    header   magic, the machine's boot id        slot   a lease id, since when; or zeros
+
+Beside each lease stands when the oldest process that was given its descriptor had begun (field 22
+of /proc/<pid>/stat). Whoever has the memory is such a process or was born of one, so nobody older
+can have it, unless a holder passed it on: of that a receipt says no more than `detached` anyway.
 
 Rules. A lease is written down before its descriptor leaves. That costs one pwrite and no sync: the
 list must outlive processes, which the page cache does, and need not outlive the machine, for what
@@ -15,6 +19,7 @@ All room is taken beforehand: a full disk keeps nobody from his memory.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Collection
 from heapq import heapify, heappop, heappush
 from pathlib import Path
@@ -25,11 +30,14 @@ from grafos_core.failure import invariant
 from grafos_core.gate import SLICES_MAX
 
 BOOT_ID_PATH: Final = Path("/proc/sys/kernel/random/boot_id")
-MAGIC: Final = b"grafos-exports-v1\0"
+MAGIC: Final = b"grafos-exports-v2\0"
 HEADER_BYTES: Final = 64
-ID_BYTES: Final = 16
-FREE: Final = bytes(ID_BYTES)
-FILE_BYTES: Final = HEADER_BYTES + SLICES_MAX * ID_BYTES
+_SLOT: Final = struct.Struct("<16sQ")
+SLOT_BYTES: Final = _SLOT.size
+FREE: Final = bytes(SLOT_BYTES)
+FILE_BYTES: Final = HEADER_BYTES + SLICES_MAX * SLOT_BYTES
+ANY_AGE: Final = 0
+"""In the place of a process's beginning: not known, so it may have been any."""
 
 
 class Exports:
@@ -42,10 +50,12 @@ class Exports:
         header = (MAGIC + boot_id.encode()).ljust(HEADER_BYTES, b"\0")
         invariant(len(header) == HEADER_BYTES, "a boot id is a short text")
         listed = _read(path, header)
-        kept = set(suspects) if listed is None else listed & set(suspects)
+        kept = {each: ANY_AGE if listed is None else listed[each] for each in sorted(suspects)
+                if listed is None or each in listed}  # fmt: skip
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.posix_fallocate(self._fd, 0, FILE_BYTES)
-        self._slots = {lease_id: slot for slot, lease_id in enumerate(sorted(kept))}
+        self._slots = {lease_id: slot for slot, lease_id in enumerate(kept)}
+        self._since = kept
         self._free = list(range(len(kept), SLICES_MAX))
         heapify(self._free)
         self._begin(header)
@@ -54,19 +64,27 @@ class Exports:
         """Whether its descriptor may have left the agent."""
         return lease_id in self._slots
 
-    def add(self, lease_id: str) -> None:
-        """From now on it counts as handed out. Idempotent."""
-        if lease_id in self._slots:
+    def since(self, lease_id: str) -> int | None:
+        """When the oldest process that was given it had begun, in ticks; None: it never left."""
+        return self._since.get(lease_id)
+
+    def add(self, lease_id: str, since_ticks: int = ANY_AGE) -> None:
+        """From now on it counts as handed out, to a process that began then. Idempotent."""
+        before = self._since.get(lease_id)
+        if before is not None and before <= since_ticks:
             return
-        invariant(bool(self._free), "no more is handed out than is lent")
-        slot = heappop(self._free)
-        self._write(slot, bytes.fromhex(lease_id))
-        self._slots[lease_id] = slot
+        slot = self._slots.get(lease_id, -1)
+        if slot < 0:
+            invariant(bool(self._free), "no more is handed out than is lent")
+            slot = heappop(self._free)
+        self._write(slot, _SLOT.pack(bytes.fromhex(lease_id), since_ticks))
+        self._slots[lease_id], self._since[lease_id] = slot, since_ticks
 
     def remove(self, lease_id: str) -> None:
         """Its memory is proved back."""
         slot = self._slots.pop(lease_id, None)
         if slot is not None:
+            del self._since[lease_id]
             self._write(slot, FREE)
             heappush(self._free, slot)
 
@@ -75,15 +93,15 @@ class Exports:
 
     def _begin(self, header: bytes) -> None:
         """The header goes last: before it the list is not whole, and nobody believes it."""
-        ids = [bytes.fromhex(lease_id) for lease_id in self._slots]
-        slots = b"".join(ids).ljust(FILE_BYTES - HEADER_BYTES, b"\0")
+        known = (_SLOT.pack(bytes.fromhex(each), since) for each, since in self._since.items())
+        slots = b"".join(known).ljust(FILE_BYTES - HEADER_BYTES, b"\0")
         self._put(bytes(HEADER_BYTES), 0)
         self._put(slots, HEADER_BYTES)
         self._put(header, 0)
         os.fdatasync(self._fd)  # else a crash of the machine leaves one that nobody believes
 
     def _write(self, slot: int, data: bytes) -> None:
-        self._put(data, HEADER_BYTES + slot * ID_BYTES)
+        self._put(data, HEADER_BYTES + slot * SLOT_BYTES)
 
     def _put(self, data: bytes, offset: int) -> None:
         try:
@@ -94,7 +112,7 @@ class Exports:
             raise failure.of("STORAGE", "the list of exports: a short write")
 
 
-def _read(path: Path, header: bytes) -> set[str] | None:
+def _read(path: Path, header: bytes) -> dict[str, int] | None:
     """The leases on a list of this boot of the machine; None where there is no list to believe."""
     try:
         data = path.read_bytes()
@@ -103,6 +121,6 @@ def _read(path: Path, header: bytes) -> set[str] | None:
     if len(data) != FILE_BYTES or not data.startswith(MAGIC):
         return None
     if data[:HEADER_BYTES] != header:
-        return set()  # the machine was started anew: nothing of what was handed out is left
-    ids = (data[at : at + ID_BYTES] for at in range(HEADER_BYTES, FILE_BYTES, ID_BYTES))
-    return {each.hex() for each in ids if each != FREE}
+        return {}  # the machine was started anew: nothing of what was handed out is left
+    slots = _SLOT.iter_unpack(data[HEADER_BYTES:])
+    return {lease_id.hex(): since for lease_id, since in slots if any(lease_id)}

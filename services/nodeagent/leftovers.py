@@ -11,7 +11,7 @@ Memory that never left the agent died with the agent's own processes.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from services.nodeagent import wardenlog
 from services.nodeagent.ipc import LinkClosed
 from services.nodeagent.orphans import Closed, recover_leftovers
 from services.nodeagent.wardenlog import LivingWarden, Taken
+
+Exported = Callable[[str], int | None]
+"""Of a lease: when the oldest process that was given its descriptor had begun, in clock ticks since
+the machine's start; None: no descriptor ever left the agent."""
 
 
 @dataclass(slots=True)
@@ -67,12 +71,9 @@ def gather(
     state_dir: Path,
     incarnation: str,
     leases: Iterable[BoundFacts],
-    exports: Container[str],
+    exported: Exported,
 ) -> Leftovers:
-    """What is known of leases that were bound or fenced when the last boot ended.
-
-    `exports` holds those whose descriptor may have left the agent.
-    """
+    """What is known of leases that were bound or fenced when the last boot ended."""
     folder = state_dir / "warden"
     found = Leftovers(folder)
     wanted = {(facts.lease_id, facts.epoch): facts for facts in leases}
@@ -91,7 +92,7 @@ def gather(
         if facts.kind is Kind.MEM and facts.lease_id not in found.memory
     ]
     if missing:
-        _search_all(found, incarnation, missing, exports)
+        _search_all(found, incarnation, missing, exported)
     return found
 
 
@@ -111,11 +112,11 @@ def _told(found: Leftovers, folder: Path, boot_epoch: int) -> list[tuple[Taken, 
 
 
 def _search_all(
-    found: Leftovers, incarnation: str, missing: Collection[BoundFacts], exports: Container[str]
+    found: Leftovers, incarnation: str, missing: Collection[BoundFacts], exported: Exported
 ) -> None:
     """Before anything is lent: everything of this incarnation is looked for, also what a holder
     has kept of leases that have ended."""
-    result = search(incarnation, missing, exports, everything=True)
+    result = search(incarnation, missing, exported, everything=True)
     found.memory.update(result.memory)
     for lease_id, why in result.unreachable.items():
         if lease_id not in found.journal:  # else a warden has cut it before it died
@@ -125,7 +126,7 @@ def _search_all(
 def search(
     incarnation: str,
     missing: Collection[BoundFacts],
-    exports: Container[str],
+    exported: Exported,
     *,
     everything: bool = False,
 ) -> Search:
@@ -142,9 +143,10 @@ def search(
             os.close(orphan.fd)
     for facts in missing:
         known = facts.lease_id in result.memory or facts.lease_id in result.unreachable
-        if facts.lease_id in exports and not known:
+        since_ticks = exported(facts.lease_id)
+        if since_ticks is not None and not known:
             holder_uid = _holder_uid(facts)
-            hidden = [each for each in orphans.closed if each.may_be(holder_uid)]
+            hidden = [x for x in orphans.closed if x.may_have(holder_uid, since_ticks)]
             if hidden:
                 result.unreachable[facts.lease_id] = _named(hidden)
     return result

@@ -44,10 +44,14 @@ class Closed:
     name: str
     uids: frozenset[int]
     """Real, effective, saved; empty: not known."""
+    began_ticks: int | None = None
+    """Since the machine's start; None: not known."""
 
-    def may_be(self, uid: int | None) -> bool:
-        """Whether it may be a process of this user; None: of whichever."""
-        return uid is None or not self.uids or uid in self.uids
+    def may_have(self, uid: int | None, since_ticks: int) -> bool:
+        """Whether it may be a process of this user (None: of whichever) that is no older than the
+        oldest one that was given the memory."""
+        is_young = self.began_ticks is None or self.began_ticks >= since_ticks
+        return is_young and (uid is None or not self.uids or uid in self.uids)
 
     def __str__(self) -> str:
         if not self.pid:
@@ -97,6 +101,7 @@ def _closed(process: Path) -> list[Closed]:
     """It by name, from its status, which everybody may read; nothing if it has ended."""
     try:
         text = (process / "status").read_text(errors="replace")
+        began_ticks = start_ticks(process)
     except (FileNotFoundError, ProcessLookupError):
         return []
     except OSError:
@@ -105,7 +110,25 @@ def _closed(process: Path) -> list[Closed]:
     if fields.get("State", "").startswith("Z") and fields.get("Threads") in ("0", "1"):
         return []  # dead and not yet buried: it holds nothing
     uids = frozenset(int(word) for word in fields.get("Uid", "").split()[:3])
-    return [Closed(int(process.name), fields.get("Name", "?"), uids)]
+    return [Closed(int(process.name), fields.get("Name", "?"), uids, began_ticks)]
+
+
+def start_ticks(process: Path) -> int:
+    """When the process began, in clock ticks since the machine's start (proc_pid_stat(5)).
+
+    Raises:
+        OSError: it is gone.
+    """
+    return int((process / "stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+
+
+def began_ticks(pidfd: int) -> int:
+    """The same of the process behind a pidfd; 0, as old as can be, where that is not to be seen."""
+    try:
+        fields = Path("/proc/self/fdinfo", str(pidfd)).read_text().split()
+        return start_ticks(PROC / fields[fields.index("Pid:") + 1])
+    except (OSError, ValueError):
+        return 0
 
 
 def _partitioned(text: str) -> list[tuple[str, str, str]]:

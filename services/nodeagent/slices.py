@@ -21,7 +21,7 @@ from services.nodeagent import leftovers
 from services.nodeagent.devices.block import BlockDevice
 from services.nodeagent.devices.blocklease import BlockIdentity, create_tags, new_key, wipe
 from services.nodeagent.devices.memory import MemoryDevice
-from services.nodeagent.exports import Exports
+from services.nodeagent.exports import ANY_AGE, Exports
 from services.runtime.clock import SYSTEM
 from services.runtime.faults import fault
 
@@ -87,11 +87,12 @@ class Slices:
         """Whether a descriptor of a lease of the boots before may be in a holder's hands."""
         return facts.may_export and (self._exports is None or facts.lease_id in self._exports)
 
-    def export(self, held: Held) -> None:
-        """It counts as handed out, also for the agents after us. Only then may it leave."""
+    def export(self, held: Held, since_ticks: int) -> None:
+        """It counts as handed out to a process that began then, also for the agents after us. Only
+        then may it leave."""
         with self._lock:
             if self._exports is not None:
-                self._exports.add(held.facts.lease_id)
+                self._exports.add(held.facts.lease_id, since_ticks)
             held.exported = True
 
     def create(self, facts: BoundFacts) -> None:
@@ -168,11 +169,15 @@ class Slices:
                 lost = {each.facts.lease_id: each for each in self._held.values()
                         if each.unreachable}  # fmt: skip
             facts = [each.facts for each in lost.values()]
-            result = leftovers.search(self._incarnation, facts, exports=lost)
+            result = leftovers.search(self._incarnation, facts, self.since)
             self._looked_ms = SYSTEM.boot_ms()
             for lease_id, each in lost.items():
                 each.memory_fd = result.memory.get(lease_id, NO_DESCRIPTOR)
                 each.unreachable = result.unreachable.get(lease_id, "")
+
+    def since(self, lease_id: str) -> int | None:
+        """When the oldest process that was given it had begun; None: it never left the agent."""
+        return ANY_AGE if self._exports is None else self._exports.since(lease_id)
 
     def _erase(self, held: Held) -> Evidence:
         facts = held.facts

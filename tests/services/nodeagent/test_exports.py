@@ -15,7 +15,7 @@ import pytest
 
 from grafos_core.failure import FabricError, InvariantViolation
 from grafos_core.gate import SLICES_MAX
-from services.nodeagent.exports import FILE_BYTES, HEADER_BYTES, ID_BYTES, Exports
+from services.nodeagent.exports import ANY_AGE, FILE_BYTES, HEADER_BYTES, Exports
 
 A, B, C = (f"{byte}" * 32 for byte in "abc")
 BOOT, NEXT_BOOT = "0" * 36, "1" * 36
@@ -38,6 +38,28 @@ def test_what_was_handed_out_is_known_to_the_next_agent_and_the_rest_is_not(tmp_
     exports.close()
     assert listed(tmp_path / "e", [A, B, C]) == [A]
     assert listed(tmp_path / "e", [A, B, C]) == [A], "an agent that is killed at once forgets none"
+
+
+def test_the_oldest_of_those_who_were_given_it_counts_also_for_the_next_agent(
+    tmp_path: Path,
+) -> None:
+    exports = Exports(tmp_path / "e", [], BOOT)
+    for since in (500, 300, 400):
+        exports.add(A, since)
+    exports.add(B, 700)
+    exports.close()
+    again = Exports(tmp_path / "e", [A, B], BOOT)
+    assert [again.since(each) for each in (A, B, C)] == [300, 700, None]
+    again.add(C, 9)
+    again.remove(A)
+    again.close()
+    last = Exports(tmp_path / "e", [A, B, C], BOOT)
+    assert [last.since(each) for each in (A, B, C)] == [None, 700, 9]
+    last.close()
+    os.truncate(tmp_path / "e", 10)
+    unknown = Exports(tmp_path / "e", [A], BOOT)
+    assert unknown.since(A) == ANY_AGE
+    unknown.close()
 
 
 def test_what_is_over_by_the_records_is_dropped(tmp_path: Path) -> None:
@@ -89,7 +111,7 @@ def test_it_outlives_the_process_without_a_word_of_goodbye(tmp_path: Path) -> No
 
 def test_there_is_room_for_every_lease_and_used_room_comes_back(tmp_path: Path) -> None:
     exports = Exports(tmp_path / "e", [], BOOT)
-    ids = [secrets.token_hex(ID_BYTES) for _ in range(SLICES_MAX)]
+    ids = [secrets.token_hex(16) for _ in range(SLICES_MAX)]
     for each in ids:
         exports.add(each)
     with pytest.raises(InvariantViolation):
