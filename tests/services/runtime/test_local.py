@@ -286,7 +286,7 @@ def test_the_server_hears_that_its_client_was_killed(
     process = client_process(world, tmp_path / "client", what)
     assert process.stdin is not None
     assert process.stdout is not None
-    with process.stdin, process.stdout:
+    try:
         assert process.stdout.readline() == b"begun\n"
         assert not ended.wait(0.2)
         if what == "fork":
@@ -294,5 +294,10 @@ def test_the_server_hears_that_its_client_was_killed(
             assert process.stdout.readline() == b"more\n"  # the child has not hung up for him
         process.send_signal(signal.SIGKILL)
         assert ended.wait(3)  # also where a child of his lives on
+    finally:
         go_on.set()
-    process.wait(5)
+        ended.set()
+        process.kill()
+        process.stdin.close()
+        process.stdout.close()
+        process.wait(5)

@@ -17,7 +17,8 @@ import pytest
 from grafos_core import failure
 from grafos_core.failure import FabricError
 from grafos_proto.v1 import node_pb2
-from grafos_proto.wire import ttrpc
+from grafos_proto.wire import ttrpc_connection
+from grafos_proto.wire.ttrpc_connection import Connection
 from grafos_proto.wire.ttrpc_frames import NEVER, Frames
 from services.runtime import local_connection
 from tests.services.runtime.local_world import LocalWorld, RawClient, refusal
@@ -74,13 +75,13 @@ def test_nobody_there_is_told_at_once_and_silence_at_the_deadline(
         assert refusal(lambda: stub.Read(REQUEST, timeout=0.2)).code == "DEADLINE"
         assert refusal(lambda: stub.Read(REQUEST, timeout=0.2)).code == "DEADLINE"  # full
         assert refusal(lambda: stub.Read(REQUEST, timeout=0.2)).code == "DEADLINE"
-        monkeypatch.setattr(ttrpc, "HANDSHAKE_S", 0.2)
+        monkeypatch.setattr(ttrpc_connection, "HANDSHAKE_S", 0.2)
         assert refusal(lambda: stub.Read(REQUEST, timeout=9)).code == "UNREACHABLE"
 
 
 def test_no_call_outlives_the_age_of_a_connection_whose_server_has_stopped() -> None:
     ours, theirs = socket.socketpair()
-    connection = ttrpc._Connection(Frames(ours))
+    connection = Connection(Frames(ours))
     connection._end_at = time.monotonic() + 0.2
     with theirs:
         connection.begin(b"x", 0, NEVER)

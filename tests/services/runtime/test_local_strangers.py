@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grafos_proto.v1 import node_pb2, ttrpc_pb2
-from grafos_proto.wire import certificates, ttrpc
+from grafos_proto.wire import certificates
 from grafos_proto.wire.credentials import Credentials
+from grafos_proto.wire.ttrpc_connection import Connection
 from grafos_proto.wire.ttrpc_frames import NEVER
 from tests.services.runtime.local_world import LOCAL_SERVICE, LocalWorld, RawClient, refusal
 from tests.services.runtime.world import HOLDER, NODE, Keyring
@@ -167,7 +168,7 @@ def test_certificates_of_others_and_of_yesterday_are_refused_and_not_shown_again
     for code, credentials in strangers(world, tmp_path).items():
         bundle = world.keyring.authority.bundle_pem
         shown = Credentials(credentials.key_pem, credentials.chain_pem, bundle)
-        error = refusal(partial(ttrpc._Connection.open, world.socket_path, shown, NODE, NEVER))
+        error = refusal(partial(Connection.open, world.socket_path, shown, NODE, NEVER))
         assert (error.code, error.retryable) == (code.strip(), False)
     assert_only_ours_are_served(world)
 
