@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NoReturn, Self, TypeAlias, TypeVar
 
 from grafos._lease import Lease, duration_ms, not_there_yet
 from grafos_core import failure
@@ -19,6 +19,9 @@ from grafos_core.lease import AMOUNT_MAX, TTL_MS_MAX, TTL_MS_MIN, check_lease_id
 if TYPE_CHECKING:
     from grafos._connection import Fabric
     from grafos._local import LocalFabric
+    from grafos.testing import VirtualFabric
+
+    Source: TypeAlias = Fabric | LocalFabric | VirtualFabric
 
 WAIT_MS_MAX: Final = 600_000
 LABELS_MAX: Final = 16
@@ -70,7 +73,7 @@ class Builder(Generic[L]):
 
     def __init__(self) -> None:
         self._request = Request(self.kind)
-        self._connection: Fabric | LocalFabric | None = None
+        self._connection: Source | None = None
 
     @classmethod
     def new(cls) -> Self:
@@ -130,7 +133,7 @@ class Builder(Generic[L]):
         """Renew it in the background, from the SDK's one thread, as long as somebody holds it."""
         return self._with(auto_renew=True)
 
-    def fabric(self, connection: Fabric | LocalFabric) -> Self:
+    def fabric(self, connection: Source) -> Self:
         """Ask this fabric and not the one in force."""
         made = self._with()
         made._connection = connection

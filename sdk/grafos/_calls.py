@@ -81,15 +81,20 @@ class Peer:
         self._channel.close()
 
 
-def persist(attempt: Callable[[float], _T], timeout_ms: float) -> _T:
-    """The first answer of `attempt(left_ms)` that is not "cannot be reached just now"."""
+def persist(
+    attempt: Callable[[float], _T], timeout_ms: float, draw: Callable[[], float] = random.random
+) -> _T:
+    """The first answer of `attempt(left_ms)` that is not "cannot be reached just now".
+
+    `draw` gives from 0 to 1, and makes no two pauses alike.
+    """
     end_ms = _clock.boot_ms() + timeout_ms
     pause_ms = float(PAUSE_MS_MIN)
     for _ in range(ATTEMPTS_MAX):
         try:
             return attempt(end_ms - _clock.boot_ms())
         except FabricError as refused:
-            pause_ms = _pause_ms(refused, pause_ms)
+            pause_ms = _pause_ms(refused, pause_ms, draw)
             if refused.code not in _AGAIN or _clock.boot_ms() + pause_ms >= end_ms:
                 raise
         _clock.sleep_ms(pause_ms)
@@ -97,7 +102,7 @@ def persist(attempt: Callable[[float], _T], timeout_ms: float) -> _T:
     return attempt(end_ms - _clock.boot_ms())
 
 
-def _pause_ms(refused: FabricError, pause_ms: float) -> float:
+def _pause_ms(refused: FabricError, pause_ms: float, draw: Callable[[], float]) -> float:
     told_ms = refused.retry_after_ms or 0
-    jittered_ms = pause_ms * (0.5 + random.random())
+    jittered_ms = pause_ms * (0.5 + draw())
     return max(jittered_ms, min(told_ms, PAUSE_MS_MAX))

@@ -62,6 +62,9 @@ L = TypeVar("L", bound=Lease)
 class Fabric:
     """A connection. Thread-safe; made by `connect` or `local_fabric`."""
 
+    _is_virtual = False
+    """Whether it lives by the clock of `grafos.testing`."""
+
     def __init__(
         self, admission: str, provider: Provider, *, on_close: Callable[[], None] | None = None
     ) -> None:
@@ -433,6 +436,8 @@ class Fabric:
             raise failure.of("FORKED_CHILD", "connect in the child itself")
         if self.closed:
             raise failure.of("CLOSED", "the connection to the fabric")
+        if _clock.is_virtual is not self._is_virtual:
+            raise failure.of("INVALID", "a virtual fabric is open, whose time is not the real one")
 
     def _check_reachable(self, timeout_ms: float) -> None:
         self._ask("List", admission_pb2.ListLeasesRequest(limit=1), timeout_ms)

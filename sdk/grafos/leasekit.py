@@ -50,6 +50,7 @@ class RenewalManager:
         self._renew_by_hand = renew
         self._leases: weakref.WeakValueDictionary[str, Lease] = weakref.WeakValueDictionary()
         self._ids: set[str] = set()
+        _managers.add(self)
 
     @classmethod
     def new(cls) -> Self:
@@ -152,3 +153,11 @@ class RenewalManager:
             )
         except FabricError:
             self._core.failed(lease_id)
+
+
+def registered() -> set[str]:
+    """Ids of all leases that any manager of this process means to renew."""
+    return {lease_id for manager in list(_managers) for lease_id in manager._ids}
+
+
+_managers: weakref.WeakSet[RenewalManager] = weakref.WeakSet()
