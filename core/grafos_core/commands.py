@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grafos_core.failure import FabricError
-from grafos_core.lease import EndCause, Kind, Lease, LeaseId, NodeId, Policy, TenantId
+from grafos_core.lease import (
+    EndCause,
+    Kind,
+    Lease,
+    LeaseId,
+    NodeId,
+    Policy,
+    RevokeStage,
+    TenantId,
+)
 from grafos_core.quota import Limit
 from grafos_core.receipt import TeardownReceipt
 
@@ -72,6 +81,8 @@ class ReportBound:
     lease_id: LeaseId
     epoch: int
     generation: int
+    stage: RevokeStage | None = None
+    """How far a revocation has come there; None: none is under way."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,10 +141,11 @@ USABLE: Final = frozenset({LeaseState.PENDING, LeaseState.ACTIVE})
 
 
 class RevokeStage(enum.StrEnum):
-    """How far a lease's end has come, as the ledger knows it; the labels are the wire's.
+    """How far a lease's end has come; the labels are the wire's.
 
-    Grace and checkpoints are between the node and the holder: the ledger knows that it ordered
-    them, and then hears of the end.
+    Grace and checkpoints are between the node and the holder, so their truth is at the node. The
+    ledger shows what it ordered and what the node has reported since: it may be behind, never
+    ahead.
     """
 
     ACTIVE = "active"
@@ -188,6 +189,21 @@ def _later(stage: RevokeStage) -> frozenset[RevokeStage]:
 LATER_STAGES: Final[Mapping[RevokeStage, frozenset[RevokeStage]]] = {
     stage: _later(stage) for stage in RevokeStage
 }
+REPORTED_STAGES: Final = frozenset(
+    {RevokeStage.GRACE_RUNNING, RevokeStage.CHECKPOINT_REPORTED, RevokeStage.FORCED_TEARDOWN}
+)
+"""What a node tells of a revocation before its receipt does."""
+IN_GRACE: Final = frozenset({RevokeStage.REVOKE_WARNING, RevokeStage.GRACE_RUNNING})
+"""The holder may still use the lease, and report that it has saved its work."""
+
+
+def next_stage(known: RevokeStage, reached: RevokeStage, lease_id: str) -> RevokeStage:
+    """The stage after `known`, where it is one. Stages are passed over, never gone back."""
+    failure.invariant(
+        reached is known or reached in LATER_STAGES[known],
+        f"the end of {lease_id} cannot go from {known} to {reached}",
+    )
+    return reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +254,9 @@ class Lease:
     """Words of the authority that ended it."""
     bound_at_ms: int | None = None
     ended_at_ms: int | None = None
+    """When its end was ordered, or ordered sooner."""
     grace_ms: int = 0
+    """From then on."""
     unconfirmed: bool = False
     fence_cause: str = ""
     fence_evidence: Mapping[str, Any] = field(default_factory=dict)
@@ -253,15 +271,13 @@ class Lease:
         return replace(self, state=state, **changes).staged()
 
     def staged(self) -> Lease:
-        """With the stage that its state and cause say. Stages are passed over, never gone back."""
-        stage = self._reached()
-        if stage is self.stage:
-            return self
-        failure.invariant(
-            stage in LATER_STAGES[self.stage],
-            f"the end of {self.lease_id} cannot go from {self.stage} to {stage}",
-        )
-        return replace(self, stage=stage)
+        """With the stage that its state and cause say."""
+        return self.at_stage(self._reached())
+
+    def at_stage(self, stage: RevokeStage) -> Lease:
+        """With a stage that it has reached by now."""
+        reached = next_stage(self.stage, stage, self.lease_id)
+        return self if reached is self.stage else replace(self, stage=reached)
 
     def _reached(self) -> RevokeStage:
         match self.state:
@@ -271,11 +287,31 @@ class Lease:
                 return RevokeStage.FENCED
             case LeaseState.RELEASED:
                 return RevokeStage.TORNDOWN
-        if self.unconfirmed:
-            return RevokeStage.FAILED_CLOSED
+        if self.stage is not RevokeStage.ACTIVE:
+            return self.stage
         if self.cause is EndCause.EXPIRED:
             return RevokeStage.EXPIRED
         return RevokeStage.REVOKE_WARNING if self.grace_ms else RevokeStage.FORCED_TEARDOWN
+
+    @property
+    def receipt_due_ms(self) -> int:
+        """When the receipt of an end that was ordered is overdue."""
+        assert self.ended_at_ms is not None
+        base_ms = self.end_ms if self.cause is EndCause.EXPIRED else self.ended_at_ms
+        return max(base_ms + self.grace_ms, self.ended_at_ms) + self._receipt_margin_ms
+
+    @property
+    def closed_by_ms(self) -> int:
+        """When its access is certainly over, whether its node has heard of an order or not."""
+        ordered = self.cause in (EndCause.REVOKED, EndCause.RELEASE)
+        told = self.stage in (RevokeStage.CHECKPOINT_REPORTED, RevokeStage.FAILED_CLOSED)
+        if told or not ordered:
+            return self.receipt_due_ms
+        return max(self.receipt_due_ms, self.end_ms + self._receipt_margin_ms)
+
+    @property
+    def _receipt_margin_ms(self) -> int:
+        return CLOCK_ERROR_MS + rate_margin_ms(self.ttl_ms) + TEARDOWN_MS_MAX
 
     @property
     def extent_end(self) -> int:

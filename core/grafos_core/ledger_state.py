@@ -18,7 +18,7 @@ from grafos_core.books import BookView, CapacityBook, Place
 from grafos_core.commands import Event, PublishedKey
 from grafos_core.lease import (
     CLOCK_ERROR_MS,
-    TEARDOWN_MS_MAX,
+    IN_GRACE,
     USABLE,
     EndCause,
     Isolation,
@@ -30,8 +30,8 @@ from grafos_core.lease import (
     OnHolderExit,
     Policy,
     Priority,
+    RevokeStage,
     TenantId,
-    rate_margin_ms,
 )
 from grafos_core.quota import Limit, QuotaBook
 
@@ -100,6 +100,8 @@ class LedgerState:
             "lease.renewed": self._renewed,
             "lease.attached": self._attached,
             "lease.ending": self._ending,
+            "lease.revoke_sooner": self._sooner,
+            "lease.revoking": self._revoking,
             "lease.unconfirmed": self._unconfirmed,
             "lease.released": self._released,
             "lease.fenced": self._fenced,
@@ -198,9 +200,28 @@ class LedgerState:
             )
         )  # fmt: skip
 
+    def _sooner(self, event: Event) -> None:
+        lease, body = self._lease(event), event.body
+        ends_ms = event.at_ms + body["grace_ms"]
+        failure.invariant(lease.stage in IN_GRACE, "only a grace is shortened")
+        failure.invariant(ends_ms < (lease.ended_at_ms or 0) + lease.grace_ms, "a grace is longer")
+        self._put(
+            replace(
+                lease, ended_at_ms=event.at_ms, grace_ms=body["grace_ms"], reason=body["reason"]
+            )
+        )
+
+    def _revoking(self, event: Event) -> None:
+        lease = self._lease(event).at_stage(RevokeStage(event.body["stage"]))
+        self.leases[lease.lease_id] = lease
+
     def _unconfirmed(self, event: Event) -> None:
+        """Told twice where the node may not have heard of the order: once more when the lease's
+        own end has closed it there."""
         lease = replace(self._lease(event), unconfirmed=True)
-        self.leases[lease.lease_id] = lease.staged()
+        if event.at_ms >= lease.closed_by_ms:
+            lease = lease.at_stage(RevokeStage.FAILED_CLOSED)
+        self._put(lease)
 
     def _released(self, event: Event) -> None:
         lease = self._lease(event)
@@ -353,12 +374,9 @@ def due_at_ms(lease: Lease) -> int | None:
         return min(lease.bind_by_ms, lease.end_ms) + CLOCK_ERROR_MS
     if lease.state is LeaseState.ACTIVE:
         return lease.end_ms + CLOCK_ERROR_MS
-    if lease.state is LeaseState.ENDING and not lease.unconfirmed:
-        assert lease.ended_at_ms is not None
-        base_ms = lease.end_ms if lease.cause is EndCause.EXPIRED else lease.ended_at_ms
-        margin_ms = CLOCK_ERROR_MS + rate_margin_ms(lease.ttl_ms) + TEARDOWN_MS_MAX
-        return max(base_ms + lease.grace_ms, lease.ended_at_ms) + margin_ms
-    return None
+    if lease.state is not LeaseState.ENDING or lease.stage is RevokeStage.FAILED_CLOSED:
+        return None
+    return lease.closed_by_ms if lease.unconfirmed else lease.receipt_due_ms
 
 
 def lease_to_body(lease: Lease) -> dict[str, Any]:

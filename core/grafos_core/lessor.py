@@ -46,7 +46,10 @@ from grafos_core.failure import FabricError
 from grafos_core.lease import (
     AMOUNT_MAX,
     EPOCH_MAX,
+    IN_GRACE,
+    LATER_STAGES,
     LIFETIME_MS_MAX,
+    REPORTED_STAGES,
     TOKEN_MS_MAX,
     TTL_MS_MIN,
     USABLE,
@@ -343,10 +346,20 @@ class Lessor:
         else:
             lease = self._own(ask.lease_id, ask.tenant, ask.holder)
         if lease.state not in USABLE:
+            return self._end_sooner(lease, ask, now_ms)
+        grace_ms = min(ask.grace_ms, max(0, lease.end_ms - now_ms))
+        event = _ending(lease, ask.cause, now_ms, reason=ask.reason, grace_ms=grace_ms, by=ask.by)
+        return self._commit(event, lease_id=lease.lease_id, nodes=frozenset({lease.node_id}))
+
+    def _end_sooner(self, lease: Lease, ask: End, now_ms: int) -> Step:
+        """A second order may shorten a grace that still runs, and changes nothing else."""
+        known_ms = (lease.ended_at_ms or 0) + lease.grace_ms
+        in_grace = lease.state is LeaseState.ENDING and lease.stage in IN_GRACE
+        if not in_grace or now_ms + ask.grace_ms >= known_ms:
             return Step(lease=lease)
-        event = _ending(
-            lease, ask.cause, now_ms, reason=ask.reason, grace_ms=ask.grace_ms, by=ask.by
-        )
+        body = {"grace_ms": ask.grace_ms, "reason": ask.reason[:REASON_CHARS_MAX] or lease.reason,
+                "by": ask.by}  # fmt: skip
+        event = Event("lease.revoke_sooner", now_ms, lease.lease_id, lease.epoch, body)
         return self._commit(event, lease_id=lease.lease_id, nodes=frozenset({lease.node_id}))
 
     def _burn(self, ask: Burn, now_ms: int) -> Step:
@@ -362,8 +375,17 @@ class Lessor:
         if theirs != (lease.node_id, lease.incarnation, lease.epoch):
             raise failure.of("DENIED", "not this node's lease", lease_id=ask.lease_id)
         if lease.state is not LeaseState.PENDING:
-            return Step(lease=lease)
+            return self._report_stage(lease, ask, now_ms)
         event = Event("lease.bound", now_ms, lease.lease_id, lease.epoch, {"node_id": ask.node_id})
+        return self._commit(event, lease_id=lease.lease_id)
+
+    def _report_stage(self, lease: Lease, ask: ReportBound, now_ms: int) -> Step:
+        """What is known already, or passed by, is no event; nor what this ledger never ordered."""
+        later = ask.stage in REPORTED_STAGES and ask.stage in LATER_STAGES[lease.stage]
+        if lease.state is not LeaseState.ENDING or ask.stage is None or not later:
+            return Step(lease=lease)
+        body = {"node_id": ask.node_id, "stage": ask.stage.value}
+        event = Event("lease.revoking", now_ms, lease.lease_id, lease.epoch, body)
         return self._commit(event, lease_id=lease.lease_id)
 
     def _credit(self, ask: Credit, now_ms: int) -> Step:

@@ -10,7 +10,8 @@ key, and has a watchman know the hour of leaving before the door opens for the f
     attach   WardenRaise → (warden_raised) Persist(attached) → OpenGate → Notify(former holder)
              → OpenFront → Answer → ReportBound
 
-How leases live is drawn in node_lease.py, how they end in node_endings.py.
+How leases live is drawn in node_lease.py, who may end them and how a revocation goes in
+node_orders.py, how they end in node_endings.py.
 
 Rules: verbs take `now` last and return effects, to be performed strictly in order. Every verb first
 does what fell due. A refusal is an `Answer` too. Signature, audience and times of a token, and the
@@ -29,7 +30,7 @@ from grafos_core.chain import EventKind
 from grafos_core.epochs import EpochWindow
 from grafos_core.failure import FabricError, invariant
 from grafos_core.gate import refused
-from grafos_core.lease import EPOCH_MAX, EndCause, Kind, LeaseId, OnHolderExit
+from grafos_core.lease import EndCause, Kind, LeaseId, OnHolderExit
 from grafos_core.node_effects import (
     Answer,
     Bound,
@@ -42,16 +43,14 @@ from grafos_core.node_effects import (
     Notify,
     OpenFront,
     OpenGate,
-    Ordered,
     Recovered,
-    ReportBound,
     RequestId,
-    Target,
     WardenHold,
     WardenRaise,
 )
-from grafos_core.node_endings import Endings, Limits, Wake, nobody
-from grafos_core.node_lease import QUARANTINED, LeaseView, NodeLease, Phase, Raise
+from grafos_core.node_endings import Limits, Wake
+from grafos_core.node_lease import LeaseView, NodeLease, Phase, Raise
+from grafos_core.node_orders import Orders
 from grafos_core.receipt import Outcome
 from grafos_core.token import LeaseToken
 
@@ -65,7 +64,7 @@ HOLDS: Final = ("NOT_READY", "WARDEN_LOST", "SPOOL_FULL", "REVOCATION_STALE")
 """Why nothing new is bound, in the order in which it is told."""
 
 
-class NodeCore(Endings):
+class NodeCore(Orders):
     """One node agent's decisions. Call `start` once, before anything else."""
 
     def __init__(
@@ -309,9 +308,6 @@ class NodeCore(Endings):
         effects += [Answer(request, bound) for request in requests]
         return [*effects, self._report(lease)]
 
-    def _report(self, lease: NodeLease) -> ReportBound:
-        return ReportBound(lease.lease_id, lease.epoch, lease.facts.generation)
-
     def _open_front(self, lease: NodeLease, now: Instant) -> list[Effect]:
         if not self._front_is_up:
             self._await_return(lease, now)
@@ -451,37 +447,7 @@ class NodeCore(Endings):
         effects += [Answer(request, bound) for request in raised.requests]
         return [*effects, self._report(lease)]
 
-    def _refuse_raises(self, lease: NodeLease, code: str, detail: str) -> list[Effect]:
-        waiting, lease.raises = lease.raises, []
-        if waiting:
-            facts = lease.facts
-            self._gate.take_back_generation(lease.lease_id, facts.generation, facts.holder_key)
-        return [
-            Answer(request, refused(code, one.token, detail))
-            for one in waiting
-            for request in one.requests
-        ]
-
     # The holder goes, or lets go
-
-    def release(
-        self, request: RequestId, lease_id: str, epoch: int, holder_key: str,
-        credit_wait_ms: int, now: Instant,
-    ) -> list[Effect]:  # fmt: skip
-        """The holder ends it; answered with the receipt, at most `credit_wait_ms` after it."""
-        effects = self.tick(now)
-        lease = self._holders(lease_id, epoch, holder_key)
-        if lease is None:
-            return [*effects, Answer(request, failure.of("NOT_FOUND", lease_id=lease_id))]
-        effects += self._wait_for_receipt(lease, request, credit_wait_ms, now)
-        return effects + self._end(lease, EndCause.RELEASE, "released by its holder", now)
-
-    def _holders(self, lease_id: str, epoch: int, holder_key: str) -> NodeLease | None:
-        """To anybody else it does not exist."""
-        lease = self._leases.get(LeaseId(lease_id))
-        if lease is None or lease.epoch != epoch or lease.facts.holder_key != holder_key:
-            return None
-        return lease
 
     def detach(
         self, request: RequestId, lease_id: str, epoch: int, holder_key: str, now: Instant
@@ -542,76 +508,6 @@ class NodeCore(Endings):
         lease.broken = why
         return effects + self._end(lease, EndCause.DEVICE_FAILED, f"its device: {why}", now)
 
-    # Orders of the ledger; `request` None: nobody waits for the answer
-
-    def burn(self, request: RequestId | None, target: Target, now: Instant) -> list[Effect]:
-        """Give up an epoch that the ledger never saw bound."""
-        return self.tick(now) + self._ordered(request, target, EndCause.BURNT, "burnt", 0, now)
-
-    def withdraw(self, request: RequestId | None, target: Target, now: Instant) -> list[Effect]:
-        """Its holder released it at the ledger."""
-        reason = "released by its holder"
-        return self.tick(now) + self._ordered(request, target, EndCause.RELEASE, reason, 0, now)
-
-    def revoke(
-        self, request: RequestId | None, target: Target, grace_ms: int, reason: str, now: Instant
-    ) -> list[Effect]:
-        """Take it back, after a notice and `grace_ms`; a later order never lengthens the grace."""
-        effects = self.tick(now)
-        return effects + self._ordered(request, target, EndCause.REVOKED, reason, grace_ms, now)
-
-    def _ordered(
-        self, request: RequestId | None, target: Target, cause: EndCause, reason: str,
-        grace_ms: int, now: Instant,
-    ) -> list[Effect]:  # fmt: skip
-        lease = self._leases.get(target.lease_id)
-        if lease is None and not _is_sound(target):
-            wrong = failure.of("RANGE", lease_id=target.lease_id, epoch=target.epoch)
-            return [] if request is None else [Answer(request, wrong)]
-        if lease is None:
-            effects, lease = self._burn(target, cause, now)
-        elif lease.epoch != target.epoch:
-            wrong = failure.of("EPOCH_STALE", lease_id=target.lease_id, epoch=target.epoch)
-            return [] if request is None else [Answer(request, wrong)]
-        elif lease.phase in QUARANTINED or lease.phase is Phase.ENDED:
-            effects = self._send_again(lease, now)
-        elif cause is EndCause.REVOKED and grace_ms > 0 and lease.phase is Phase.LIVE:
-            effects = self._warn(lease, reason, grace_ms, now)
-        else:
-            effects = self._end(lease, cause, reason, now)
-        if request is None or lease is None:
-            return effects
-        stage = "grace_running" if lease.revoking and lease.phase is Phase.LIVE else lease.stage
-        return [*effects, Answer(request, Ordered(stage, lease.receipt))]
-
-    def _burn(
-        self, target: Target, cause: EndCause, now: Instant
-    ) -> tuple[list[Effect], NodeLease | None]:
-        """Of an epoch used before, and forgotten since, nothing exists either."""
-        fresh = self._gate.burn(target.kind, target.epoch, target.extent_offset, target.amount)
-        outcome = Outcome.NOTHING_CREATED if fresh else Outcome.TORNDOWN
-        lease = NodeLease(nobody(target), Phase.ENDED)
-        return self._nothing_created(lease, cause, outcome, now), lease
-
-    def _warn(self, lease: NodeLease, reason: str, grace_ms: int, now: Instant) -> list[Effect]:
-        wake = (lease.lease_id, Wake.GRACE)
-        until_ms = now.boot_ms + grace_ms
-        known_ms = self._timers.at_ms(wake)
-        if known_ms is not None and known_ms <= until_ms:
-            return []
-        self._timers.set(wake, until_ms)
-        lease.revoking, lease.reason = True, reason
-        body = {"grace_ms": grace_ms, "reason": reason}
-        effects: list[Effect] = [
-            self._persist(("agent.revoke_warning", lease, body), seal_now=False)
-        ]
-        effects += self._refuse_raises(lease, "REVOKED", reason)
-        if lease.session:
-            effects.append(
-                Notify(lease.lease_id, lease.session, "revoke_warning", reason, grace_ms)
-            )
-        return effects
-
     # Front and warden, as processes
 
     def front_started(self, now: Instant) -> list[Effect]:
@@ -670,8 +566,3 @@ class NodeCore(Endings):
         expired = cause == "deadline"
         end = EndCause.EXPIRED if expired else EndCause.AGENT_LOST
         return effects + self._end(lease, end, "taken back by the warden", now)
-
-
-def _is_sound(target: Target) -> bool:
-    """Whether such a lease could have been granted at all."""
-    return 1 <= target.epoch <= EPOCH_MAX and target.amount > 0 and target.extent_offset >= 0

@@ -24,6 +24,7 @@ from grafos_core.lease import (
     OnHolderExit,
     Policy,
     Priority,
+    RevokeStage,
 )
 from grafos_core.receipt import Assurance, Outcome, TeardownReceipt
 from grafos_core.teardown import Step
@@ -319,11 +320,13 @@ class SendReceipt:
 
 @dataclass(frozen=True, slots=True)
 class ReportBound:
-    """Tell the ledger that it is bound. Its record is durable before."""
+    """Tell the ledger that it is bound. Its record is durable before. Of a lease that is being
+    revoked, also how far that has come: said late or not at all, the receipt says more."""
 
     lease_id: LeaseId
     epoch: int
     generation: int
+    stage: RevokeStage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,7 +380,8 @@ class Detached:
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """Burn, revoke and clear: how far it has come, and the receipt where there is one already."""
+    """Burn, revoke and clear: how far the revocation has come, from its end on the teardown; and
+    the receipt where there is one already."""
 
     stage: str
     receipt: ReceiptFacts | None = None

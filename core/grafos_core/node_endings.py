@@ -24,7 +24,15 @@ from grafos_core import failure
 from grafos_core.chain import EventKind
 from grafos_core.failure import FabricError, invariant
 from grafos_core.gate import SLICES_MAX, Gate, Slice
-from grafos_core.lease import CLOCK_ERROR_MS, EndCause, Kind, LeaseId, Policy, rate_margin_ms
+from grafos_core.lease import (
+    CLOCK_ERROR_MS,
+    EndCause,
+    Kind,
+    LeaseId,
+    Policy,
+    RevokeStage,
+    rate_margin_ms,
+)
 from grafos_core.node_effects import (
     Answer,
     BoundFacts,
@@ -41,6 +49,7 @@ from grafos_core.node_effects import (
     ReceiptFacts,
     Recovered,
     Released,
+    ReportBound,
     RequestId,
     Result,
     RunStep,
@@ -291,10 +300,15 @@ class Endings:
         lease.move(Phase.ENDING)
         if lease.cause is None:
             lease.cause, lease.reason = cause, reason
+        if lease.revocation is not RevokeStage.CHECKPOINT_REPORTED:
+            expired = lease.cause is EndCause.EXPIRED
+            lease.reach(RevokeStage.EXPIRED if expired else RevokeStage.FORCED_TEARDOWN)
         self._gate.close(lease.lease_id)
         effects: list[Effect] = []
         if was_live:
             effects.append(CloseGate(lease.lease_id, lease.slot))
+        if lease.revoking and lease.revocation is not RevokeStage.EXPIRED:
+            effects.append(self._report(lease))
         effects += self._begin_teardown(lease, Stage.DEAD if was_live else Stage.QUIESCED, now)
         return effects + self._refuse_pending(lease) + self._notice(lease)
 
@@ -312,6 +326,8 @@ class Endings:
         for wake in (Wake.DEADLINE, Wake.RECONNECT, Wake.CONTACT, Wake.GRACE):
             self._timers.cancel((lease.lease_id, wake))
         lease.teardown = self._teardown(lease, stage, now)
+        if lease.revoking or lease.cause is EndCause.REVOKED:
+            lease.teardown.evidence["revoke"] = {"stage": lease.revocation.value}
         if lease.warden:
             lease.teardown.evidence["warden"] = lease.warden
         self._timers.set((lease.lease_id, Wake.TEARDOWN), lease.teardown.deadline_ms)
@@ -327,6 +343,10 @@ class Endings:
         attempt = lease.teardown.attempt + 1 if lease.teardown else 1
         limit = limit_ms(lease.facts.kind)
         return Teardown(now.boot_ms, now.wall_ms, stage, limit, attempt)
+
+    def _report(self, lease: NodeLease) -> ReportBound:
+        stage = lease.revoke_stage if lease.revoking else None
+        return ReportBound(lease.lease_id, lease.epoch, lease.facts.generation, stage)
 
     def _refuse_pending(self, lease: NodeLease) -> list[Effect]:
         requests = [request for raised in lease.raises for request in raised.requests]
@@ -729,6 +749,11 @@ class Endings:
         is_open = self._gate.is_open(lease.lease_id, lease.epoch)
         live = lease.phase in (Phase.CREATING, Phase.HOLDING, Phase.LIVE)
         invariant(is_open == live, f"{lease.lease_id}: the gate is open while it lives, not longer")
+        grace_ms = self._timers.at_ms((lease.lease_id, Wake.GRACE))
+        running = lease.revocation is RevokeStage.GRACE_RUNNING
+        invariant((grace_ms is not None) == running, f"the grace of {lease.lease_id} has its alarm")
+        if grace_ms is not None:
+            invariant(grace_ms <= lease.deadline_ms, f"no grace of {lease.lease_id} prolongs it")
         if lease.phase is Phase.LIVE:
             invariant(lease.deadline_ms > self._ticked_ms, f"{lease.lease_id} lives past its end")
             alarm = self._timers.at_ms((lease.lease_id, Wake.DEADLINE))

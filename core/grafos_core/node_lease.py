@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from grafos_core import failure
 from grafos_core.failure import FabricError, invariant
-from grafos_core.lease import EndCause, Kind, LeaseId
+from grafos_core.lease import EndCause, Kind, LeaseId, RevokeStage, next_stage
 from grafos_core.node_effects import BoundFacts, Instant, ReceiptFacts, RequestId
 from grafos_core.receipt import Assurance, ClearOrder, Outcome
 from grafos_core.teardown import Stage, Teardown
@@ -123,6 +123,7 @@ class LeaseView:
     fence_cause: str
     exported: bool
     evidence: Mapping[str, Any]
+    revoke_stage: RevokeStage
 
 
 @dataclass(slots=True)
@@ -141,7 +142,9 @@ class NodeLease:
     """All that asked for the same bind; empty once they are answered."""
     raises: list[Raise] = field(default_factory=list)
     revoking: bool = False
-    """A revocation's grace is running; nothing prolongs the lease any more."""
+    """A revocation gave it a grace; nothing prolongs the lease any more."""
+    revocation: RevokeStage = RevokeStage.ACTIVE
+    """How far it had come when the teardown began."""
     cause: EndCause | None = None
     reason: str = ""
     teardown: Teardown | None = None
@@ -175,6 +178,17 @@ class NodeLease:
             phase in PHASES[self.phase], f"{self.lease_id} cannot go from {self.phase} to {phase}"
         )
         self.phase = phase
+
+    def reach(self, stage: RevokeStage) -> None:
+        """A stage that would be gone back to is a broken invariant and changes nothing."""
+        self.revocation = next_stage(self.revocation, stage, self.lease_id)
+
+    @property
+    def revoke_stage(self) -> RevokeStage:
+        """How far its end has come, in the words of the ledger."""
+        if self.phase in QUARANTINED:
+            return RevokeStage.FENCED
+        return RevokeStage.TORNDOWN if self.phase is Phase.ENDED else self.revocation
 
     def remaining_ms(self, now: Instant) -> int:
         return max(0, self.deadline_ms - now.boot_ms) if self.phase is Phase.LIVE else 0
@@ -224,5 +238,5 @@ class NodeLease:
         return LeaseView(
             facts.lease_id, facts.kind, facts.epoch, facts.generation, facts.amount,
             facts.extent_offset, self.remaining_ms(now), self.stage, self.fence_cause,
-            self.exported, evidence,
+            self.exported, evidence, self.revoke_stage,
         )  # fmt: skip

@@ -25,6 +25,7 @@ from grafos_core.lease import (
     OnHolderExit,
     Policy,
     Priority,
+    RevokeStage,
     TenantId,
 )
 from grafos_core.lessor import Lessor
@@ -156,7 +157,8 @@ class Script:
         lease = self.lessor.lease(lease_id(plain[0]))
         node = NodeId(options.get("node", lease.node_id))
         epoch = int(options.get("epoch", lease.epoch))
-        return self._do(c.ReportBound(node, lease.incarnation, lease.lease_id, epoch, 1))
+        stage = RevokeStage(options["stage"]) if "stage" in options else None
+        return self._do(c.ReportBound(node, lease.incarnation, lease.lease_id, epoch, 1, stage))
 
     def _renew(self, plain: list[str], options: dict[str, str]) -> str:
         ttl = int(options["ttl"]) if "ttl" in options else None
@@ -229,6 +231,11 @@ class Script:
 
     def _lease(self, plain: list[str], _: dict[str, str]) -> str:
         return tell(self.lessor.lease(lease_id(plain[0])))
+
+    def _stage(self, plain: list[str], _: dict[str, str]) -> str:
+        lease = self.lessor.lease(lease_id(plain[0]))
+        grace = f", grace {lease.grace_ms} from {lease.ended_at_ms}" if lease.grace_ms else ""
+        return f"{lease.stage}{grace}"
 
     def _owes(self, plain: list[str], _: dict[str, str]) -> str:
         owed = self.lessor.obligations(NodeId(plain[0]))

@@ -9,7 +9,7 @@ extend a gen=2 … | attach a gen=2 key=L session=t …
 created a | create_failed a [dirty] | held a | raised a 20000|none
 done a quiesce [found=…] | failed a erase why=…        attempt is the awaited one unless said
 ended a                                every step of its teardown succeeds
-release a [wait=0] | detach a | exited s | lost s | back s | exported a
+release a [wait=0] | checkpoint a | stage a | detach a | exited s | lost s | back s | exported a
 burn a epoch=… | revoke a grace=… | withdraw a | probe a | clear a nonce=… [residue]
 credited a torndown | taken a deadline | front lost|started | warden lost|started
 heard | hold SPOOL_FULL | allow SPOOL_FULL | tick | leases | wait | verdict a | gates
@@ -126,6 +126,8 @@ def shown(effect: Effect) -> str:
             return f"{name} {lease} for {effect.session}"
         case e.RunStep():
             return f"{name} {lease} {effect.step} #{effect.attempt}"
+        case e.ReportBound() if effect.stage:
+            return f"{name} {lease}: {effect.stage}"
         case e.Notify():
             grace = f", grace {effect.grace_ms}" if effect.grace_ms else ""
             return f"{name} {lease} to {effect.session}: {effect.kind}{grace}"
@@ -314,6 +316,13 @@ class Script:
         epoch, key = int(options.get("epoch", 1)), options.get("key", "K")
         wait_ms = int(options.get("wait", 0))
         return self.core.release(4, lease_id(bare[0]), epoch, key, wait_ms, self.now)
+
+    def do_checkpoint(self, bare: list[str], options: dict[str, str]) -> list[Effect]:
+        epoch, key = int(options.get("epoch", 1)), options.get("key", "K")
+        return self.core.checkpoint_done(4, lease_id(bare[0]), epoch, key, 0, self.now)
+
+    def do_stage(self, bare: list[str], options: dict[str, str]) -> str:
+        return str(self.core._leases[lease_id(bare[0])].revoke_stage)
 
     def do_detach(self, bare: list[str], options: dict[str, str]) -> list[Effect]:
         return self.core.detach(5, lease_id(bare[0]), 1, options.get("key", "K"), self.now)

@@ -76,7 +76,7 @@ def test_the_stage_that_is_shown_follows_the_end_of_the_lease(
     seen = [lease.stage]
     for stage in stages.split()[1:]:
         if stage == "failed_closed":
-            lease = replace(lease, unconfirmed=True).staged()
+            lease = replace(lease, unconfirmed=True).at_stage(RevokeStage.FAILED_CLOSED)
         else:
             state = LeaseState.FENCED if stage == "fenced" else LeaseState.RELEASED
             lease = lease.moved(state, unconfirmed=False)
@@ -87,7 +87,7 @@ def test_the_stage_that_is_shown_follows_the_end_of_the_lease(
 def test_a_stage_never_goes_back() -> None:
     ended = replace(A_LEASE, state=LeaseState.ENDING, stage=RevokeStage.FAILED_CLOSED)
     with pytest.raises(InvariantViolation):
-        ended.staged()
+        ended.at_stage(RevokeStage.GRACE_RUNNING)
 
 
 def test_time_that_goes_back_halts_the_ledger() -> None:

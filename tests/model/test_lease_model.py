@@ -12,6 +12,7 @@ import pytest
 from tests.model import __main__ as program
 from tests.model.clock_model import ClockModel, Timing
 from tests.model.lease_model import LAW_3, SLOT, Defences, LeaseModel
+from tests.model.revoke_model import Grace, RevokeModel
 from tests.model.search import Action, Step, World, follow, search
 from tests.model.variants import VARIANTS, Run, Variant, counterexamples, plain, run
 
@@ -50,6 +51,10 @@ CLOCK_VERBS = {
     *["tick", "grant", "renew", "credit", "bind", "extend", "extend_answer_lost", "operate"],
     *["expire", "release", "seal", "burnt", "agent_crash"],
 }
+REVOKE_VERBS = {
+    *["order", "hear", "report", "tick", "operate", "operation_lands", "renew"],
+    *["checkpoint_done", "grace_over", "deadline", "quiesce", "measure"],
+}
 
 
 @functools.cache
@@ -71,7 +76,8 @@ def test_each_variant_has_its_verdict(variant: Variant) -> None:
 
 def test_every_defence_is_taken_away_in_some_variant() -> None:
     """A defence that no variant removes has never been shown to be needed."""
-    unproved = set(Defences.__dataclass_fields__) | set(Timing.__dataclass_fields__)
+    kinds = (Defences, Timing, Grace)
+    unproved = {name for kind in kinds for name in kind.__dataclass_fields__}
     unproved.discard("last_tick")
     for variant in VARIANTS:
         has = variant.world._has  # type: ignore[attr-defined]
@@ -87,6 +93,7 @@ def test_every_defence_is_taken_away_in_some_variant() -> None:
         ("slot: all defences", LEASE_VERBS),
         ("amount: all defences, two leases at once", LEASE_VERBS - {"operation_lands"}),
         ("clock: all defences, renewals", CLOCK_VERBS),
+        ("revocation: all defences", REVOKE_VERBS),
     ],
 )
 def test_nothing_is_safe_only_because_it_never_happens(label: str, verbs: set[str]) -> None:
@@ -109,7 +116,10 @@ def test_a_log_that_credits_before_the_seal_is_refused() -> None:
         follow(world, world.first_states()[0], hasty)
 
 
-@pytest.mark.parametrize("world", [LeaseModel(SLOT, Defences()), ClockModel(Timing(last_tick=5))])
+@pytest.mark.parametrize(
+    "world",
+    [LeaseModel(SLOT, Defences()), ClockModel(Timing(last_tick=5)), RevokeModel(Grace())],
+)
 def test_an_action_leads_to_one_state_so_a_log_tells_where_it_is(world: World[Any]) -> None:
     seen = set(world.first_states())
     waiting = list(seen)

@@ -14,8 +14,10 @@ from typing import Any, Final
 
 from tests.model import clock_model as C
 from tests.model import lease_model as L
+from tests.model import revoke_model as R
 from tests.model.clock_model import ClockModel, Timing
 from tests.model.lease_model import SLOT, Defences, LeaseModel, Shape
+from tests.model.revoke_model import Grace, RevokeModel
 from tests.model.search import Action, Verdict, World, search
 
 TWO_UNITS: Final = Shape(capacity=2, epochs=2)
@@ -87,6 +89,10 @@ def clock(
 ) -> Variant:
     world = ClockModel(Timing(**timing))
     return Variant(f"clock: {label}", world, breaks, ignored, heavy)
+
+
+def revocation(label: str, breaks: str = "", **defences: bool) -> Variant:
+    return Variant(f"revocation: {label}", RevokeModel(Grace(**defences)), breaks)
 
 
 NOTHING: Final[frozenset[str]] = frozenset()
@@ -273,7 +279,17 @@ CLOCKS: Final = (
     ),
 )
 
-VARIANTS: Final = (*WHOLE, *EPOCHS, *CAPACITY, *TEARDOWN, *WARDEN, *CLOCKS)
+REVOCATIONS: Final = (
+    revocation("all defences"),
+    revocation("an order heard again begins the grace anew", R.GRACE_LAW, only_shortens=False),
+    revocation("a grace may outlast the lease", R.DEADLINE, within_deadline=False),
+    revocation("renewed in its grace: the grace stands", no_renewal=False),
+    revocation("the gate is closed after the teardown", R.S14, gate_first=False),
+    revocation("operations in flight not waited for", R.S14, in_flight_awaited=False),
+    revocation("the ledger believes the latest report", R.VIEW, reports_only_forward=False),
+)
+
+VARIANTS: Final = (*WHOLE, *EPOCHS, *CAPACITY, *TEARDOWN, *WARDEN, *CLOCKS, *REVOCATIONS)
 
 
 @dataclass(frozen=True, slots=True)

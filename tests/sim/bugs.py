@@ -20,7 +20,9 @@ from grafos_core.lease import EndCause, LeaseState
 from grafos_core.ledger_state import LedgerState
 from grafos_core.lessor import Lessor
 from grafos_core.node import NodeCore
-from grafos_core.node_endings import Endings
+from grafos_core.node_effects import CloseGate
+from grafos_core.node_endings import Endings, Wake
+from grafos_core.node_orders import Orders
 from grafos_core.teardown import Stage, Step
 from tests.sim.node import Node
 
@@ -116,6 +118,21 @@ def _no_deadline(original: Any) -> Any:
     return fired
 
 
+def _grace_anew(self: Orders, lease: Any, reason: str, grace_ms: int, now: Any) -> Any:
+    """Each order, the same one told again among them, begins the grace anew."""
+    self._timers.cancel((lease.lease_id, Wake.GRACE))
+    return WARN(self, lease, reason, min(grace_ms, lease.remaining_ms(now)), now)
+
+
+def _gate_left_open(original: Any) -> Any:
+    def end(self: Endings, lease: Any, *why: Any) -> Any:
+        grace = lease.revoking
+        effects = original(self, lease, *why)
+        return [each for each in effects if not (grace and isinstance(each, CloseGate))]
+
+    return end
+
+
 def _renewal_shortens(original: Any) -> Any:
     def raised(self: Any, lease: Any, one: Any, now: Any) -> Any:
         return original(self, lease, replace(one, deadline_ms=now.boot_ms + 200), now)
@@ -176,6 +193,7 @@ def _never_quarantined(self: Lessor, receipt: Any, lease: Any, now_ms: int) -> A
     return self._commit(*events, lease_id=lease.lease_id)
 
 
+WARN = Orders._warn
 BUGS = (
     _bug("blocks are found without a look at what is free", 1, ExtentMap, "find", _first_extent),
     _bug("blocks that are taken stay on the list", 1, ExtentMap, "take", _extent_taken_unseen),
@@ -196,6 +214,9 @@ BUGS = (
         _wrap(HolderLease, "renewal_sent", _believes_the_ledger)),
     _bug("a bind is told of and not durable", 6, Node, "_persist",
         _wrap(Node, "_persist", _bind_not_kept)),
+    _bug("a grace is lengthened by the order that is told again", 5, Orders, "_warn", _grace_anew),
+    _bug("a revoked lease goes on after its grace", 4, Endings, "_end",
+        _wrap(Endings, "_end", _gate_left_open)),
     _bug("an epoch is given again", 7, LedgerState, "_granted",
         _wrap(LedgerState, "_granted", _forgets_epoch)),
     Bug("old evidence of readiness counts", 8, (

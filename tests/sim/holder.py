@@ -26,6 +26,8 @@ class Held:
     token: LeaseToken
     belief: HolderLease | None = None
     keep: bool = False
+    stubborn: bool = False
+    """Goes on as if it had not been warned."""
 
 
 class Holder:
@@ -49,6 +51,7 @@ class Holder:
         self.key = f"key-{self.number}-{self.life}"
         self.session = f"{self.number:016x}{self.life:016x}"
         self.held = {}
+        self.ledger.listeners[self.session] = self
 
     def _request(self) -> str:
         self._asked += 1
@@ -148,7 +151,7 @@ class Holder:
             return
         self.check_belief(held)
         draw = dice.random()
-        if draw < 0.5:
+        if draw < 0.5 or held.stubborn:
             self._operate(held)
         elif draw < 0.6:
             self._release(held)
@@ -218,6 +221,28 @@ class Holder:
 
         self._ask(lease.node_id, self.nodes[lease.node_id].release, lease.lease_id, lease.epoch,
                   self.key, answered)  # fmt: skip
+
+    def warned(self, lease_id: LeaseId, grace_ms: int) -> None:
+        """Some save their work and say so, in time or too late; others go on in silence."""
+        held = self.held.get(lease_id)
+        if held is None:
+            return
+        held.stubborn = held.stubborn or self.world.dice.random() < 0.5
+        if not held.stubborn:
+            delay_ms = self.world.dice.randint(0, grace_ms + 200)
+            self.world.after(delay_ms, self._report, lease_id, self.life)
+
+    def _report(self, lease_id: LeaseId, life: int) -> None:
+        held = self.held.pop(lease_id, None)
+        if held is None or life != self.life:
+            return
+        node = self.nodes[held.lease.node_id]
+        self._ask(node.node_id, node.checkpoint_done, lease_id, held.lease.epoch, self.key,
+                  self._reported)  # fmt: skip
+
+    def _reported(self, result: Any) -> None:
+        if isinstance(result, Released):
+            self.world.count(str(result.receipt.measured.get("revoke_stage", "no_revocation")))
 
     def _replay(self, token: LeaseToken) -> None:
         """An old token again, from wherever it was kept."""

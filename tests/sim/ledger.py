@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from grafos_core import commands as c
 from grafos_core import placement
 from grafos_core.lease import (
+    IN_GRACE,
     TOKEN_MS_DEFAULT,
     EndCause,
     Kind,
@@ -16,6 +17,7 @@ from grafos_core.lease import (
     LeaseState,
     NodeId,
     Policy,
+    RevokeStage,
     TenantId,
 )
 from grafos_core.lessor import Lessor
@@ -24,10 +26,12 @@ from grafos_core.token import LeaseToken, audience_of
 from tests.sim.world import Clock, World
 
 if TYPE_CHECKING:
+    from tests.sim.holder import Holder
     from tests.sim.node import Node
 
 ISSUER = "spiffe://sim/service/admission"
 TICK_MS = 200
+REVOCABLE = {RevokeStage.ACTIVE, *IN_GRACE}
 TENANTS = (TenantId("red"), TenantId("blue"))
 
 
@@ -38,6 +42,8 @@ class Ledger:
         self.lessor = Lessor()
         self.durable: list[c.Event] = []
         self.nodes: dict[NodeId, Node] = {}
+        self.listeners: dict[str, Holder] = {}
+        """Who hears of what happens in a session."""
         self._floor_ms = 0
         self._numbers = 0
         for tenant in TENANTS:
@@ -172,13 +178,14 @@ class Ledger:
         self.world.after(TICK_MS, self._tick)
 
     def _operate(self) -> None:
-        """An operator revokes now and then, and clears what is fenced."""
+        """An operator revokes now and then, also what is being revoked, and clears fences."""
         if self.up:
             leases = sorted(self.lessor.state.leases.values(), key=lambda lease: lease.lease_id)
-            active = [lease for lease in leases if lease.state is LeaseState.ACTIVE]
+            live = (LeaseState.ACTIVE, LeaseState.ENDING)
+            active = [x for x in leases if x.state in live and x.stage in REVOCABLE]
             if active and self.world.chance(self.world.rates.revoke):
                 lease = self.world.dice.choice(active)
-                grace_ms = self.world.dice.choice([0, 500, 3_000])
+                grace_ms = self.world.dice.choice([0, 500, 3_000, 10_000])
                 self._do(c.End("op", lease.lease_id, EndCause.REVOKED, "op", "why", grace_ms))
             for lease in leases:
                 if lease.state is LeaseState.FENCED and self.world.dice.random() < 0.3:

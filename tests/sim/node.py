@@ -53,6 +53,7 @@ from tests.sim.world import Clock, LawBroken, World
 
 CAPACITY: Final = {Kind.MEM: 16 * 4096, Kind.BLOCK: 16}
 TICK_MS: Final = 50
+TICK_CALM_MS: Final = 500
 
 
 @dataclass(slots=True)
@@ -114,6 +115,10 @@ class Node:
         """Something may have changed here since the laws looked."""
         self._shutting: dict[LeaseId, int] = {}
         """Leases that the front is to empty, with the attempt to answer to."""
+        self._closing: dict[LeaseId, int] = {}
+        """Of revoked leases, when by the orders that were heard nothing works any more."""
+        self._ending: set[tuple[LeaseId, int]] = set()
+        """Leases whose teardown has begun."""
         self._answers: dict[int, Any] = {}
         self._requests = 0
         self._front_life = 0
@@ -230,7 +235,7 @@ class Node:
             self._take_back(self.warden.tick(now_ms))
         if self.core is not None:
             self._verb(self.core.tick(self.clock.instant()))
-        self.world.after(500 if self.world.calm else TICK_MS, self._tick)
+        self.world.after(TICK_CALM_MS if self.world.calm else TICK_MS, self._tick)
 
     def _suffer(self) -> None:
         rates, dice = self.world.rates, self.world.dice
@@ -315,6 +320,7 @@ class Node:
         if owed.action == "burn":
             self._verb(self.core.burn(None, target, now))
         elif owed.action == "revoke":
+            self._promise(lease.lease_id, lease.grace_ms)
             self._verb(self.core.revoke(None, target, lease.grace_ms, owed.reason, now))
         elif owed.action == "clear":
             order = ClearOrder(
@@ -324,6 +330,23 @@ class Node:
             self._verb(self.core.clear(None, order, now))
         else:
             self._verb(self.core.withdraw(None, target, now))
+
+    def _promise(self, lease_id: LeaseId, grace_ms: int) -> None:
+        """S14: until when at the latest this node lets anything of the lease take effect."""
+        cell = self._cell(lease_id)
+        if cell is not None:
+            known_ms = self._closing.get(lease_id, cell.deadline_ms)
+            until_ms = min(known_ms, cell.deadline_ms, self.clock.boot_ms() + grace_ms)
+            self._closing[lease_id] = until_ms
+
+    def _tell(self, effect: Notify) -> None:
+        listener = self.ledger.listeners.get(effect.session)
+        if listener is not None and effect.kind == "revoke_warning":
+            call = listener.warned
+            self.world.send(self.node_id, listener.name, call, effect.lease_id, effect.grace_ms)
+
+    def _cell(self, lease_id: str) -> Cell | None:
+        return next((cell for cell in self.cells.values() if cell.lease_id == lease_id), None)
 
     def _credited(self, boot: int, lease_id: str, epoch: int, outcome: Outcome, code: str) -> None:
         if code in ("RECEIPT", "NOT_FOUND"):
@@ -372,6 +395,14 @@ class Node:
         now = self.clock.instant()
         self._verb(self.core.release(self._requests, lease_id, epoch, key, 1_000, now))
 
+    def checkpoint_done(self, lease_id: LeaseId, epoch: int, key: str, answer: Any) -> None:
+        if self.core is None or not self.front_up:
+            return
+        self._requests += 1
+        self._answers[self._requests] = answer
+        now = self.clock.instant()
+        self._verb(self.core.checkpoint_done(self._requests, lease_id, epoch, key, 1_000, now))
+
     def detach(self, lease_id: LeaseId, epoch: int, key: str) -> None:
         if self.core is not None and self.front_up:
             self._requests += 1
@@ -385,7 +416,7 @@ class Node:
 
     def operate(self, lease_id: LeaseId, epoch: int, answer: Any) -> None:
         """The front: verdict, some time later the effect, verdict again, and then the answer."""
-        cell = next((x for x in self.cells.values() if x.lease_id == lease_id), None)
+        cell = self._cell(lease_id)
         if not self.front_up or cell is None or not self._open(cell, epoch):
             return
         cell.inside += 1
@@ -429,7 +460,13 @@ class Node:
                     raise LawBroken("law 1: two slices have the same blocks")
 
     def _acknowledge(self, cell: Cell) -> None:
-        """Law 5, by the node's own clock, and in true time by the ledger's end."""
+        """Law 5, by the node's own clock, and in true time by the ledger's end; and S14."""
+        closing_ms = self._closing.get(cell.lease_id)
+        tick_ms = TICK_CALM_MS if self.world.calm else TICK_MS
+        if closing_ms is not None and self.clock.boot_ms() > closing_ms + tick_ms + 1:
+            raise LawBroken("S14: an operation is acknowledged past the grace of a revocation")
+        if (cell.lease_id, cell.epoch) in self._ending:
+            raise LawBroken("S14: an operation is acknowledged after its teardown began")
         late_ms = self.clock.boot_ms() - cell.deadline_ms
         if late_ms > 0:
             raise LawBroken(f"law 5: an operation is acknowledged {late_ms} ms past its deadline")
@@ -487,7 +524,12 @@ class Node:
                 self._send_receipt(effect)
             case ReportBound():
                 report = c.ReportBound(
-                    self.node_id, self.incarnation, effect.lease_id, effect.epoch, effect.generation
+                    self.node_id,
+                    self.incarnation,
+                    effect.lease_id,
+                    effect.epoch,
+                    effect.generation,
+                    effect.stage,
                 )
                 self.world.send(self.node_id, "ledger", self.ledger.bound, report)
             case Answer():
@@ -496,6 +538,7 @@ class Node:
                     answer(effect.result)
             case Notify():
                 self.world.count("notices")
+                self._tell(effect)
 
     def _persist(self, effect: Persist) -> None:
         records = tuple(
@@ -559,7 +602,9 @@ class Node:
             cell.control_open, cell.deadline_ms = True, effect.deadline_ms
 
     def _shut(self, effect: ShutFront) -> None:
-        cell = next((x for x in self.cells.values() if x.lease_id == effect.lease_id), None)
+        cell = self._cell(effect.lease_id)
+        if cell is not None:
+            self._ending.add((effect.lease_id, cell.epoch))
         if cell is None or cell.inside == 0:
             assert self.core is not None
             self._verb(

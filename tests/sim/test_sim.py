@@ -35,7 +35,9 @@ def test_the_days_were_bad_enough_to_mean_something(totals: dict[str, int]) -> N
         "lease.granted": 50, "bound": 15, "writes": 30, "acknowledged": 30, "extended": 1,
         "lease.released": 50, "agent_crash": 2, "agent.fenced": 1, "agent.burnt": 10,
         "holder_deaths": 1, "taken_deadline": 1, "taken_agent_lost": 1, "lease.unconfirmed": 0.05,
-        "agent.attached": 0.02, "agent.detached": 0.2, "agent.cleared": 0.5, "lease.denied": 0,
+        "lease.revoking": 0.2, "lease.revoke_sooner": 0.05, "checkpoint_reported": 0.02,
+        "forced_teardown": 0.01, "agent.attached": 0.02, "agent.detached": 0.2,
+        "agent.cleared": 0.5, "lease.denied": 0,
     }  # fmt: skip
     lacking = {
         name: totals.get(name, 0) / SEEDS
