@@ -1,4 +1,4 @@
-"""The snippets that the project began with, translated line for line, on a real fabric.
+"""The snippets that the project began with, translated line for line, on each kind of fabric.
 
 Each test is one snippet. A line of theirs is a line here, under the same name; what is a keyword in
 Python has a trailing underscore; `?` is an exception; the end of a scope is the end of a `with`.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ from grafos.leasekit import RenewalManager, RenewalPolicy
 from grafos.observe import FabricMetrics, instrument
 from grafos_core import codec
 from grafos_core.spiffe import Identity, Role
+from tests.conformance.conftest import real_only
 
 if TYPE_CHECKING:
     from grafos._local import LocalFabric
@@ -73,7 +75,7 @@ def test_block() -> None:
     assert lease.release().credited
 
 
-def test_poll_driven_renewal() -> None:
+def test_poll_driven_renewal(let_pass: Callable[[float], None]) -> None:
     with MemBuilder.new().min_bytes(4096).lease_secs(2).acquire() as lease:
         lease_id, expiry_ms = lease.lease_id, lease.expiry_ms
         mgr = RenewalManager.new()
@@ -88,6 +90,7 @@ def test_poll_driven_renewal() -> None:
         while wall_ms() < expiry_ms + 500:
             renewed += len(mgr.tick(wall_ms()).renewed)
             lease.mem().write(0, b"alive")
+            let_pass(0.002)
         assert renewed >= 1
         assert lease.mem().read(0, 5) == b"alive"
 
@@ -180,12 +183,13 @@ def test_audit_chain(tmp_path: Path) -> None:
         collector.append(record)
 
 
-def write_for_ever(lease: MemLease) -> None:
+def write_for_ever(lease: MemLease, let_pass: Callable[[float], None]) -> None:
     while True:
         lease.mem().write(0, b"x")
+        let_pass(0.001)
 
 
-def test_failures() -> None:
+def test_failures(let_pass: Callable[[float], None]) -> None:
     """Every operation ends in a value or in one of eight named failures."""
     for failure, name in zip(
         [
@@ -206,7 +210,7 @@ def test_failures() -> None:
     # and so
     with MemBuilder.new().min_bytes(4096).lease_secs(1).acquire() as lease:
         with pytest.raises(FabricError) as failed:
-            write_for_ever(lease)
+            write_for_ever(lease, let_pass)
     assert failed.value.failure is Failure.LeaseExpired
 
 
@@ -218,6 +222,7 @@ with MemBuilder().min_bytes(4096).acquire() as lease:
 """
 
 
+@real_only
 def test_a_snippet_runs_as_it_stands_where_no_fabric_is(tmp_path: Path) -> None:
     """An embedded fabric is started for the process and gone with it."""
     empty = {"GRAFOS_RUN_DIR": str(tmp_path / "run"), "TMPDIR": str(tmp_path)}
@@ -231,6 +236,7 @@ def test_a_snippet_runs_as_it_stands_where_no_fabric_is(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("grafos-*")), "nothing is left behind"
 
 
+@real_only
 def test_the_first_lines_of_the_readme_run_as_they_stand(
     running: LocalFabric, monkeypatch: pytest.MonkeyPatch
 ) -> None:
