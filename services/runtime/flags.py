@@ -18,11 +18,13 @@ from typing import Any, Final, NoReturn
 
 from grafos_core import failure, spiffe
 from grafos_core.failure import FabricError
+from grafos_proto.wire.ttrpc_frames import SUFFIX
 from services.runtime import faults
 from services.runtime.logs import LEVELS
 
 USAGE_STATUS: Final = 2
-UNIX_PATH_BYTES_MAX: Final = 107
+UNIX_PATH_BYTES_MAX: Final = 107 - len(SUFFIX)
+"""sun_path less its final zero (unix(7)), and less the ending of the socket beside it."""
 
 Values = argparse.Namespace
 

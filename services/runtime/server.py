@@ -40,6 +40,7 @@ from services.runtime.calls import (
     peer,
 )
 from services.runtime.clock import SYSTEM, Clock
+from services.runtime.flags import UNIX_PATH_BYTES_MAX
 from services.runtime.identity import server_credentials
 from services.runtime.limits import Callers, Limits
 from services.runtime.local import Handlers, LocalServer
@@ -51,8 +52,6 @@ __all__ = [
     "current", "deadline_left_ms", "peer", "serve",
 ]  # fmt: skip
 
-UNIX_PATH_BYTES_MAX: Final = 107 - len(ttrpc.SUFFIX)
-"""sun_path less its final zero (unix(7)), and less the ending of the socket beside it."""
 PATIENCE_MS: Final = 250
 HALT_STATUS: Final = 70
 """EX_SOFTWARE of sysexits.h: a law did not hold; whoever restarts us reads what is durable."""

@@ -20,7 +20,7 @@ from typing import Final
 from grafos_core import failure
 
 SOCKET_PATH_BYTES_MAX: Final = 107
-LONGEST_SOCKET: Final = "node-xx-control.sock"
+LONGEST_SOCKET: Final = "node-xx-control.sock.t"
 WARDEN_SOCKET: Final = "node-xx/warden/1234567890.sock"
 """An agent keeps this one below its own state."""
 PORT_BASE_DEFAULT: Final = 7440
