@@ -60,8 +60,6 @@ class Call:
     deadline_boot_ms: int
     clock: Clock
     traceparent: str = ""
-    request: bytes = b""
-    """The request as it was received; for streams the latest message."""
 
 
 class _Malformed(Exception):
@@ -260,7 +258,7 @@ class Handling:
             _current.set(call)
             behaviour: Any = self.handler.stream_unary or self.handler.unary_unary
             with telemetry.serving(call.method, call.traceparent):
-                request = self._request(call, messages, context)
+                request = self._request(messages, context)
                 check_deadline()
                 return self._serialized(behaviour(request, context))
         except Exception as error:
@@ -283,7 +281,7 @@ class Handling:
             _current.set(call)
             behaviour: Any = self.handler.stream_stream or self.handler.unary_stream
             with telemetry.serving(call.method, call.traceparent):
-                request = self._request(call, messages, context)
+                request = self._request(messages, context)
                 for response in behaviour(request, context):
                     check_deadline()
                     yield self._serialized(response)
@@ -296,19 +294,19 @@ class Handling:
             if call is not None:
                 self.gate.left(call)
 
-    def _request(self, call: Call, messages: Iterator[bytes], context: grpc.ServicerContext) -> Any:
+    def _request(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Any:
         first = self.gate.patience.first(messages, context, self.gate.clock.boot_ms())
         if self.handler.request_streaming:
-            return self._requests(call, first, messages)
-        return self._parsed(call, first)
+            return self._requests(first, messages)
+        return self._parsed(first)
 
-    def _requests(self, call: Call, first: bytes, messages: Iterator[bytes]) -> Iterator[Any]:
-        yield self._parsed(call, first)
+    def _requests(self, first: bytes, messages: Iterator[bytes]) -> Iterator[Any]:
+        yield self._parsed(first)
         for data in messages:
             check_deadline()
-            yield self._parsed(call, data)
+            yield self._parsed(data)
 
-    def _parsed(self, call: Call, data: bytes) -> Message:
+    def _parsed(self, data: bytes) -> Message:
         if not data and not self.policy.may_be_empty:
             raise failure.of("EMPTY")
         try:
@@ -316,7 +314,6 @@ class Handling:
             message: Message = parse(data)
         except (DecodeError, UnicodeDecodeError, ValueError):
             raise _Malformed from None
-        call.request = data
         check_known(message)
         return message
 

@@ -7,8 +7,10 @@ that the next good call is served.
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,16 +18,32 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
 
 from grafos_core import failure
 from grafos_core.failure import FabricError
-from grafos_proto.v1 import node_pb2
+from grafos_proto.v1 import (
+    admission_pb2,
+    audit_pb2,
+    lease_pb2,
+    ledger_pb2,
+    node_pb2,
+    ttrpc_pb2,
+)
 from grafos_proto.wire import failures
 from grafos_proto.wire.credentials import channel_credentials, server_name_option
 from services.runtime import server as runtime
 from services.runtime.limits import Limits
-from tests.services.runtime.http2 import Connection
-from tests.services.runtime.world import HOLDER, NODE, OPERATOR, SERVICE, Keyring, World
+from tests.services.runtime.http2 import RST_STREAM, Connection, frame, tls_context
+from tests.services.runtime.world import (
+    HOLDER,
+    NODE,
+    OPERATOR,
+    SERVICE,
+    Keyring,
+    World,
+    node_name,
+)
 
 READ, WRITE = "/grafos.v1.NodeService/Read", "/grafos.v1.NodeService/Write"
 REQUEST = node_pb2.ReadRequest(lease_id="a" * 32, epoch=7, length=1)
@@ -117,6 +135,27 @@ def test_T3_plain_text_to_the_port_is_hung_up_on(world: World) -> None:
     assert_serving(world)
 
 
+def test_T4_a_tls_that_is_too_old_is_refused_and_1_2_is_taken_as_the_design_says(
+    world: World,
+) -> None:
+    """Python's gRPC gives a server no lower bound; 1.0 and 1.1 end in the library below it."""
+    spoken = {}
+    for version in (ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+        context = tls_context(world.keyring.credentials(HOLDER))
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")  # else ours would not even offer the old ones
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version = context.maximum_version = version
+        with socket.create_connection(("127.0.0.1", world.port), 5) as plain:
+            try:
+                with context.wrap_socket(plain, server_hostname=node_name()) as tls:
+                    spoken[version.name] = tls.version()
+            except (ssl.SSLError, OSError):
+                spoken[version.name] = "refused"
+    assert spoken == {"TLSv1_1": "refused", "TLSv1_2": "TLSv1.2", "TLSv1_3": "TLSv1.3"}
+    assert_serving(world)
+
+
 def test_T6_two_hundred_silent_connections_are_closed_and_others_served(world: World) -> None:
     silent = [socket.create_connection(("127.0.0.1", world.port), 5) for _ in range(200)]
     try:
@@ -175,6 +214,19 @@ def test_T8_a_connection_ends_at_its_age_whatever_its_streams_do(make_world: Mak
         for _ in range(4):
             connection.open_stream(READ)
         assert connection.ends_within(4)
+    assert_serving(world)
+
+
+def test_T9_two_thousand_streams_that_are_reset_at_once_hold_up_nobody(world: World) -> None:
+    with Connection(world.port, world.keyring.credentials(HOLDER)) as rude:
+        try:
+            for _ in range(2_000):
+                stream = rude.open_stream(READ, ("grpc-timeout", "5S"))
+                rude.send(frame(RST_STREAM, 0, stream, (8).to_bytes(4, "big")))
+        except OSError:
+            pass  # the library may end such a connection before its end
+        assert_serving(world)
+    assert "Read" in world.node.calls
     assert_serving(world)
 
 
@@ -340,6 +392,30 @@ def test_T22_a_field_of_the_wrong_wire_type_counts_as_missing(world: World) -> N
     assert code_of(lambda: raw(channel, READ, lease_id_as_number)) == "MISSING_FIELD"
     assert world.node.calls == []
     assert_serving(world)
+
+
+def test_T23_of_a_scalar_that_comes_twice_the_last_one_counts_everywhere(world: World) -> None:
+    seen: list[int] = []
+
+    def look(request: Any, context: Any) -> None:
+        seen.append(request.epoch)
+
+    world.node.behaviour = look
+    twice = REQUEST.SerializeToString() + node_pb2.ReadRequest(epoch=9).SerializeToString()
+    raw(world.channel(), READ, twice)
+    assert seen == [9]
+
+
+def test_T25_no_message_of_ours_has_a_floating_point_number() -> None:
+    files = (lease_pb2, admission_pb2, ledger_pb2, node_pb2, audit_pb2, ttrpc_pb2)
+    floats = [
+        field.full_name
+        for file in files
+        for message in file.DESCRIPTOR.message_types_by_name.values()
+        for field in message.fields
+        if field.type in (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT)
+    ]
+    assert floats == []
 
 
 def test_T26_an_empty_body_is_refused(world: World) -> None:
