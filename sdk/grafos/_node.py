@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from grafos import _clock
 from grafos._calls import Peer, new_request_id
+from grafos._dataport import DataPort, PortDown, connect_unix
 from grafos._notice import Notice
 from grafos._session import LocalSession, Session, StreamSession
 from grafos_core import failure
@@ -56,12 +57,14 @@ class NodeLine:
     ) -> None:
         self.node_id, self.endpoint = node_id, endpoint
         domain = provider().identity.trust_domain
-        who = Identity(domain, Role.NODE, None, node_id)
-        self._peer = Peer(endpoint, provider, who, node_pb2_grpc.NodeServiceStub)
+        self._who = Identity(domain, Role.NODE, None, node_id)
+        self._provider = provider
+        self._peer = Peer(endpoint, provider, self._who, node_pb2_grpc.NodeServiceStub)
         self._session_id = session
         self._tell: Callable[[Notice], None] = lambda notice: tell(_in_one_voice(notice))
         self._lock = threading.Lock()
         self._session: Session | None = None
+        self._port: DataPort | None = None
         self._lost_since_ms: int | None = None
 
     def bind(self, verb: str, token: str) -> tuple[Any, int]:
@@ -82,6 +85,8 @@ class NodeLine:
             epoch=epoch,
             credit_wait_ms=CREDIT_WAIT_MS,
         )
+        if self._port is not None:
+            self._port.close_lease(lease_id)
         impatient_ms = _clock.boot_ms() + UNREACHABLE_MS
         while True:
             try:
@@ -100,8 +105,16 @@ class NodeLine:
     def read(
         self, lease_id: str, epoch: int, *, offset: int, length: int, timeout_ms: float
     ) -> bytes:
-        """`length` bytes, in as many calls as it takes."""
+        """`length` bytes, by the port or in as many calls as it takes."""
         end_ms, parts = _clock.boot_ms() + timeout_ms, []
+        port = self._port
+        if port is not None and port.is_up:
+            try:
+                return port.read(
+                    lease_id, epoch, offset=offset, length=length, timeout_ms=timeout_ms
+                )
+            except PortDown:
+                pass  # the calls below reach the node, or say that nothing does
         for at in range(offset, offset + length, CHUNK_BYTES_MAX):
             wanted = min(CHUNK_BYTES_MAX, offset + length - at)
             request = node_pb2.ReadRequest(lease_id=lease_id, epoch=epoch, offset=at, length=wanted)
@@ -123,8 +136,17 @@ class NodeLine:
         timeout_ms: float,
         flush: bool = False,
     ) -> None:
-        """All of `data`, in as many calls as it takes; with `flush`, the last one flushes."""
+        """All of `data`, by the port or in as many calls as it takes; at last `flush`."""
         end_ms, view = _clock.boot_ms() + timeout_ms, memoryview(data)
+        port = self._port
+        if port is not None and port.is_up:
+            try:
+                port.write(
+                    lease_id, epoch, offset=offset, data=data, timeout_ms=timeout_ms, flush=flush
+                )
+                return
+            except PortDown:
+                pass
         for start in range(0, max(1, len(view)), CHUNK_BYTES_MAX):
             part = bytes(view[start : start + CHUNK_BYTES_MAX])
             request = node_pb2.WriteRequest(
@@ -140,6 +162,33 @@ class NodeLine:
             answer = self._peer.ask("Write", request, end_ms - _clock.boot_ms())
             if answer.written != len(part):
                 raise failure.of("LENGTH", "the node's answer", lease_id=lease_id, epoch=epoch)
+
+    def read_into(
+        self, lease_id: str, epoch: int, *, offset: int, view: memoryview, timeout_ms: float
+    ) -> None:
+        """As `read`. After a failure there may be something in `view`."""
+        port, end_ms = self._port, _clock.boot_ms() + timeout_ms
+        if port is not None and port.is_up:
+            try:
+                port.readinto(lease_id, epoch, offset=offset, view=view, timeout_ms=timeout_ms)
+                return
+            except PortDown:
+                pass
+        left_ms = end_ms - _clock.boot_ms()
+        view[:] = self.read(lease_id, epoch, offset=offset, length=len(view), timeout_ms=left_ms)
+
+    @property
+    def port(self) -> DataPort | None:
+        """The data port, while it can be had."""
+        port = self._port
+        return port if port is not None and port.is_up else None
+
+    def need_port(self) -> DataPort:
+        """For operations that calls do not have."""
+        port = self._port
+        if port is None:
+            raise failure.of("OPTION", "the node has no data port for this")
+        return port
 
     def cause_of_end(self, lease_id: str, epoch: int) -> FabricError | None:
         """Why a lease does not work any more, as the node says; None: it knows of no end.
@@ -159,6 +208,7 @@ class NodeLine:
 
     def take_up(self, bound: Any) -> int | None:
         """Join the session with a lease bound just now; its descriptor, where it is given out."""
+        self._find_port(bound)
         if bound.handover_path and os.path.exists(bound.handover_path):
             try:
                 return self._local(bound.handover_path).hand_over(
@@ -197,12 +247,23 @@ class NodeLine:
         session, self._session = self._session, None
         if session is not None:
             session.close()
+        if self._port is not None:
+            self._port.close()
         self._peer.close()
 
     def forget(self) -> None:
         """In a forked child."""
+        if self._port is not None:
+            self._port.forget()
         if self._session is not None:
             self._session.forget()
+
+    def _find_port(self, bound: Any) -> None:
+        """Where bytes may go without calls; nothing is opened before there are any."""
+        with self._lock:
+            if self._port is None and bound.data_path and os.path.exists(bound.data_path):
+                connect = connect_unix(bound.data_path, self._provider, self._who)
+                self._port = DataPort(connect)
 
     def _local(self, path: str) -> LocalSession:
         with self._lock:

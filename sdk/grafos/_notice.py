@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from grafos_core import failure
 from grafos_core.failure import FabricError
 
 
@@ -23,3 +25,22 @@ class Notice:
 
 
 Tell = Callable[[Notice], None]
+
+
+def notice_of(fields: dict[str, Any]) -> Notice:
+    """As a node says it in JSON."""
+    return Notice(
+        lease_id=str(fields["lease_id"]),
+        kind=str(fields.get("kind", "")),
+        reason=str(fields.get("reason", "")),
+        grace_ms=int(fields.get("grace_ms") or 0),
+        failure=failure_of(fields.get("failure")),
+    )
+
+
+def failure_of(fields: Any) -> FabricError | None:
+    """A failure in JSON; None where there is none."""
+    if not isinstance(fields, dict):
+        return None
+    rest = dict(fields)
+    return failure.from_fields(str(rest.pop("class", "")), rest)

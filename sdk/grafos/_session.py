@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, Protocol
 
 from grafos import _clock
-from grafos._notice import Notice, Tell
+from grafos._notice import Notice, Tell, failure_of, notice_of
 from grafos_core import failure
 from grafos_core.failure import FabricError
 
@@ -130,7 +130,7 @@ class LocalSession:
             if descriptor is not None:
                 os.close(descriptor)
             if "failure" in message:
-                raise _failure_of(message["failure"]) or failure.of("INTERNAL", "hand-over")
+                raise failure_of(message["failure"]) or failure.of("INTERNAL", "hand-over")
             self._pass_on(message)
 
     def _receive(self) -> tuple[dict[str, Any], int | None]:
@@ -149,7 +149,7 @@ class LocalSession:
     def _pass_on(self, message: dict[str, Any]) -> None:
         fields = message.get("notice")
         if isinstance(fields, dict) and fields.get("lease_id"):
-            self._tell(_notice_of(fields))
+            self._tell(notice_of(fields))
 
     def _lose(self) -> None:
         self.is_lost = True
@@ -235,23 +235,6 @@ def _parsed(packet: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return message if isinstance(message, dict) and message.get("v") == VERSION else None
-
-
-def _notice_of(fields: dict[str, Any]) -> Notice:
-    return Notice(
-        lease_id=str(fields["lease_id"]),
-        kind=str(fields.get("kind", "")),
-        reason=str(fields.get("reason", "")),
-        grace_ms=int(fields.get("grace_ms") or 0),
-        failure=_failure_of(fields.get("failure")),
-    )
-
-
-def _failure_of(fields: Any) -> FabricError | None:
-    if not isinstance(fields, dict):
-        return None
-    rest = dict(fields)
-    return failure.from_fields(str(rest.pop("class", "")), rest)
 
 
 def _notice_from_proto(message: Any) -> Notice:

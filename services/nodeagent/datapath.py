@@ -27,7 +27,8 @@ from typing import Final, Protocol
 from grafos_core import failure
 from grafos_core.failure import FabricError
 from grafos_core.lease import BLOCK_BYTES, EPOCH_MAX, Kind, check_lease_id
-from services.nodeagent.gatepage import GatePage, Verdict
+from grafos_proto.wire import word
+from services.nodeagent.gatepage import GatePage, Verdict, Watch
 from services.runtime.faults import fault
 
 CHUNK_BYTES_MAX: Final = 196_608
@@ -53,7 +54,7 @@ class Storage(Protocol):
 
     def read(self, offset: int, length: int) -> bytes: ...
 
-    def write(self, offset: int, data: bytes) -> None: ...
+    def write(self, offset: int, data: bytes | memoryview) -> None: ...
 
     def flush(self) -> None: ...
 
@@ -69,6 +70,8 @@ class MemoryStorage:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self._word = threading.Lock()
+        """The kernel's lock tells other processes apart, not our own threads."""
 
     def read(self, offset: int, length: int) -> bytes:
         data = os.pread(self.descriptor, length, offset)
@@ -79,7 +82,7 @@ class MemoryStorage:
             data += part
         return data
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
             try:
@@ -87,6 +90,16 @@ class MemoryStorage:
             except PermissionError:  # beyond the end of a memfd that must not grow
                 raise failure.of("EXTENT", "the memory was cut short") from None
             view, offset = view[written:], offset + written
+
+    def swap(self, offset: int, expected: int, new: int) -> int:
+        """What the word was; `new` stands there now if that was `expected`."""
+        with self._word:
+            return word.swap(self.descriptor, offset, expected, new)
+
+    def add(self, offset: int, amount: int) -> int:
+        """What the word was before."""
+        with self._word:
+            return word.add(self.descriptor, offset, amount)
 
     def flush(self) -> None:
         """Memory is as stable as it gets."""
@@ -201,7 +214,7 @@ class DataPath:
         boottime_ns: Callable[[], int],
         device_failed: Callable[[str, str], None],
     ) -> None:
-        self._gate, self._table, self._boottime_ns = gate, table, boottime_ns
+        self._gate, self.table, self.boottime_ns = gate, table, boottime_ns
         self._device_failed = device_failed
         """Told of a lease whose device fails, and how: it is not to be trusted further."""
         self._count = threading.Condition()
@@ -215,9 +228,9 @@ class DataPath:
         lease = self._find(holder_key, lease_id, epoch, "read")
         check_range(lease, offset, length)
         with self._in_flight(lease):
-            self._check_open(lease)
-            data = self._moved(lease, lambda: _read(lease.storage, offset, length))
-            return data, self._check_open(lease)
+            self.check_open(lease)
+            data = self._moved(lease, lambda: read_from(lease.storage, offset, length))
+            return data, self.check_open(lease)
 
     def write(
         self, holder_key: str, lease_id: str, epoch: int, *, offset: int, data: bytes, flush: bool
@@ -228,9 +241,9 @@ class DataPath:
         lease = self._find(holder_key, lease_id, epoch, "write")
         check_range(lease, offset, len(data))
         with self._in_flight(lease):
-            self._check_open(lease)
-            self._moved(lease, lambda: _write(lease.storage, offset, data, flush=flush))
-            return self._check_open(lease)
+            self.check_open(lease)
+            self._moved(lease, lambda: write_to(lease.storage, offset, data, flush=flush))
+            return self.check_open(lease)
 
     def check_read(
         self, holder_key: str, lease_id: str, epoch: int, *, offset: int, length: int
@@ -249,37 +262,47 @@ class DataPath:
             self._count.wait_for(lambda: self._gate.in_flight(slot) == 0, QUIET_S)
             return self._gate.in_flight(slot)
 
-    def _find(self, holder_key: str, lease_id: str, epoch: int, operation: str) -> OpenLease:
+    def find(self, holder_key: str, lease_id: str, epoch: int) -> OpenLease:
+        """The open lease, if it is this holder's and this its epoch."""
         if not 1 <= epoch <= EPOCH_MAX:
             raise failure.of("EPOCH_RANGE")
-        lease = self._table.find(lease_id, holder_key)
+        lease = self.table.find(lease_id, holder_key)
         if epoch != lease.epoch:
             raise failure.of("EPOCH_STALE", lease_id=lease_id, epoch=lease.epoch)
-        if operation not in lease.ops:
-            raise failure.of("SCOPE", lease_id=lease_id)
         return lease
 
-    def _check_open(self, lease: OpenLease) -> int:
-        now_ns = self._boottime_ns()
+    def _find(self, holder_key: str, lease_id: str, epoch: int, operation: str) -> OpenLease:
+        lease = self.find(holder_key, lease_id, epoch)
+        check_right(lease, operation)
+        return lease
+
+    def watch(self, lease: OpenLease) -> Watch:
+        return self._gate.watch(lease.slot, bytes.fromhex(lease.lease_id), lease.epoch)
+
+    def check_open(self, lease: OpenLease) -> int:
+        """The milliseconds that it has left; refuses with the cause of its end."""
+        now_ns = self.boottime_ns()
         verdict = self._gate.verdict(lease.slot, bytes.fromhex(lease.lease_id), lease.epoch, now_ns)
         if verdict is Verdict.OPEN:
             return max(0, lease.deadline_ms - now_ns // NS_PER_MS)
         if verdict is Verdict.EXPIRED:
             raise failure.of("LEASE_EXPIRED", lease_id=lease.lease_id, epoch=lease.epoch)
-        raise self._table.cause_of_end(lease)
+        raise self.table.cause_of_end(lease)
 
     def _moved(self, lease: OpenLease, move: Callable[[], bytes | None]) -> bytes:
-        """Do it; if it failed because the lease ended under it, say that and not how it failed."""
         try:
             return move() or b""
-        except OSError as error:
-            self._check_open(lease)
-            raise self._refusal(error, lease) from None
-        except FabricError as error:
-            self._check_open(lease)
-            if error.code == "IO":
-                self._device_failed(lease.lease_id, error.detail)
-            raise
+        except (OSError, FabricError) as error:
+            raise self.failed(lease, error) from None
+
+    def failed(self, lease: OpenLease, error: OSError | FabricError) -> FabricError:
+        """Why bytes could not be moved: that the lease ended under it, and not how it failed."""
+        self.check_open(lease)
+        if isinstance(error, OSError):
+            return self._refusal(error, lease)
+        if error.code == "IO":
+            self._device_failed(lease.lease_id, error.detail)
+        return error
 
     def _refusal(self, error: OSError, lease: OpenLease) -> FabricError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -287,16 +310,29 @@ class DataPath:
         self._device_failed(lease.lease_id, errno.errorcode.get(error.errno or 0, "unknown"))
         return failure.of("IO", lease_id=lease.lease_id, epoch=lease.epoch)
 
-    @contextmanager
-    def _in_flight(self, lease: OpenLease) -> Generator[None, None, None]:
+    def enter(self, lease: OpenLease) -> None:
+        """Something is in flight now; then look at the gate, and `leave` in any case."""
         with self._count:
             self._gate.enter(lease.slot)
+
+    def leave(self, lease: OpenLease) -> None:
+        with self._count:
+            self._gate.leave(lease.slot)
+            self._count.notify_all()
+
+    @contextmanager
+    def _in_flight(self, lease: OpenLease) -> Generator[None, None, None]:
+        self.enter(lease)
         try:
             yield
         finally:
-            with self._count:
-                self._gate.leave(lease.slot)
-                self._count.notify_all()
+            self.leave(lease)
+
+
+def check_right(lease: OpenLease, operation: str) -> None:
+    """Whether the lease's token allows it."""
+    if operation not in lease.ops:
+        raise failure.of("SCOPE", lease_id=lease.lease_id)
 
 
 def check_range(lease: OpenLease, offset: int, length: int) -> None:
@@ -315,13 +351,13 @@ def check_payload(data: bytes, *, length: int, checksum: int | None) -> None:
         raise failure.of("CHECKSUM")
 
 
-def _read(storage: Storage, offset: int, length: int) -> bytes:
+def read_from(storage: Storage, offset: int, length: int) -> bytes:
     data = storage.read(offset, length)
     fault("front.read")
     return data
 
 
-def _write(storage: Storage, offset: int, data: bytes, *, flush: bool) -> None:
+def write_to(storage: Storage, offset: int, data: bytes | memoryview, *, flush: bool) -> None:
     storage.write(offset, data)
     fault("front.write")
     if flush:

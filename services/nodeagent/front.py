@@ -7,7 +7,7 @@ is open and kills it when it does not let go; whoever is killed here loses conne
     python -m services.nodeagent.front --link <fd> --gate <fd> --listen <endpoint> …
 
 Rules. It ends with control: by the kernel's signal when the thread that started it ends, and at the
-end of file on the link. It writes no file but the two sockets that it listens on.
+end of file on the link. It writes no file but the sockets that it listens on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from grafos_core import failure
 from grafos_proto.v1 import node_pb2_grpc
 from grafos_proto.wire.credentials import CHAIN_FILE, Credentials, IdentityFiles
 from services.nodeagent.datapath import DataPath, LeaseTable
+from services.nodeagent.dataport import DataPort, Terms
 from services.nodeagent.frontblock import BlockShelf
 from services.nodeagent.frontdesk import ControlLine, FrontDesk
 from services.nodeagent.gatepage import GatePage
@@ -71,6 +72,9 @@ class Front:
         )
         self._line, self._offers = line, Offers()
         self._server: Server | None = None
+        self._data_path = Path(flags.handover).with_name("data.sock")
+        terms = Terms(self._identity().identity.trust_domain, SYSTEM)
+        self._port = DataPort(self._data, self._sessions, self._identity, terms)
         shelf = BlockShelf(Path(flags.block_file), flags.block_bytes)
         self._desk = FrontDesk(line, self._data, self._sessions, shelf.storage, self._stop)
 
@@ -82,6 +86,7 @@ class Front:
         HandoverServer(self._offers, self._sessions, self._line, SYSTEM.boot_ms).start(
             Path(self._flags.handover)
         )
+        self._port.listen_unix(self._data_path)
         self._server = serve(
             [self._listener()],
             provider=self._identity,
@@ -93,7 +98,7 @@ class Front:
         os._exit(0)  # control is gone: nothing here is worth another moment
 
     def _listener(self) -> Listener:
-        places = Places(self._flags.handover, LIMITS.calls_max // 2)
+        places = Places(self._flags.handover, LIMITS.calls_max // 2, str(self._data_path))
         servicer = NodeServicer(
             self._line, self._data, self._sessions, self._offers, places, SYSTEM.boot_ms
         )
@@ -105,6 +110,7 @@ class Front:
     def _stop(self) -> None:
         if self._server is not None:
             self._server.stop(STOP_MS)
+        self._port.stop()
 
 
 class RenewedFiles:

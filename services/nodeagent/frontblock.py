@@ -36,7 +36,7 @@ class BlockStorage:
     def read(self, offset: int, length: int) -> bytes:
         return self._lease.read(offset, length)
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         self._lease.write(offset, data)
 
     def flush(self) -> None:

@@ -163,6 +163,10 @@ class GatePage:
             deadline_ns = min(deadline_ns, cell[_DEADLINE])
         return Verdict.OPEN if now_ns < deadline_ns else Verdict.EXPIRED
 
+    def watch(self, slot: int, lease_id: bytes, epoch: int) -> Watch:
+        """For whoever asks about the same lease again and again."""
+        return Watch(self, slot, lease_id, epoch)
+
     def enter(self, slot: int) -> None:
         """Only front: one more operation in flight. Enter first, then ask for the verdict."""
         at = self._cell(slot, _FRONT)
@@ -224,6 +228,52 @@ class GatePage:
         """
         with self._lock:
             pass
+
+
+class Watch:
+    """Looks at one lease's cells over and over; quick for as long as neither is written.
+
+    A cell that was found open stays as it was found while its sequence number is the same: a writer
+    changes that number before anything else.
+    """
+
+    __slots__ = (
+        "_control", "_deadline_ns", "_named", "_page", "_seen_control", "_seen_warden", "_warden",
+        "_words",
+    )  # fmt: skip
+
+    def __init__(self, page: GatePage, slot: int, lease_id: bytes, epoch: int) -> None:
+        self._page, self._words = page, page._words
+        self._named = (slot, lease_id, epoch)
+        self._control, self._warden = page._cell(slot, _CONTROL), page._cell(slot, _WARDEN)
+        self._seen_control = self._seen_warden = -1
+        self._deadline_ns = 0
+
+    def is_open(self, now_ns: int) -> bool:
+        """As `GatePage.verdict`, which says why not."""
+        words = self._words
+        if (
+            words[self._control] == self._seen_control
+            and words[self._warden] == self._seen_warden
+            and not words[_CLOSED_BY_CONTROL]
+            and not words[_CLOSED_BY_WARDEN]
+        ):
+            return now_ns < self._deadline_ns
+        return self._look(now_ns)
+
+    def _look(self, now_ns: int) -> bool:
+        page, (slot, lease_id, epoch) = self._page, self._named
+        cells = page._read(self._control), page._read(self._warden)
+        if page.verdict(slot, lease_id, epoch, now_ns) is not Verdict.OPEN:
+            return False
+        wanted = (epoch, *_lease_words(lease_id))
+        if cells[0] and cells[1]:
+            control, warden = cells[0], cells[1]
+            named = _names(control) == wanted and _names(warden) == wanted
+            if named and control[_STATE] == warden[_STATE] == CellState.OPEN:
+                self._deadline_ns = min(control[_DEADLINE], warden[_DEADLINE])
+                self._seen_control, self._seen_warden = control[_SEQUENCE], warden[_SEQUENCE]
+        return True
 
 
 def _page_bytes(slots: int) -> int:

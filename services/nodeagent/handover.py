@@ -155,7 +155,7 @@ class LocalHolder:
 
     def tell(self, news: News) -> None:
         with suppress(OSError):  # full or gone: the next operation says it
-            self.send({"notice": _notice(news)})
+            self.send({"notice": notice_fields(news)})
 
     def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
         packet = json.dumps({"v": VERSION, **message}, separators=(",", ":")).encode()
@@ -308,7 +308,8 @@ def own_description(descriptor: int) -> int:
     return os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
 
 
-def _notice(news: News) -> dict[str, Any]:
+def notice_fields(news: News) -> dict[str, Any]:
+    """What a holder is told, as JSON's types."""
     cause = None if news.cause is None else failure_fields(news.cause)
     return {
         "lease_id": news.lease_id, "kind": news.kind, "reason": news.reason,

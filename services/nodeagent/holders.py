@@ -86,6 +86,8 @@ class Places:
     handover_path: str
     streams_max: int
     """Notice streams at a time: each takes a thread of the pool."""
+    data_path: str = ""
+    data_port: int = 0
 
 
 class NodeServicer(node_pb2_grpc.NodeServiceServicer):
@@ -255,6 +257,8 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
             block_bytes=answer["block_bytes"],
             descriptor=answer["descriptor"],
             direct_io=answer["direct_io"],
+            data_path=self._places.data_path,
+            data_port=self._places.data_port,
         )
 
     def _read(

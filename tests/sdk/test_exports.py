@@ -72,7 +72,18 @@ BUILDER = [
     "wait",
     "where",
 ]
-MEM = ["arena_size", "compare_and_swap", "fetch_add", "map", "path", "read", "readinto", "write"]
+MEM = [
+    "arena_size",
+    "compare_and_swap",
+    "fetch_add",
+    "map",
+    "path",
+    "read",
+    "read_many",
+    "readinto",
+    "write",
+    "write_many",
+]
 BLOCK = [
     "block_size",
     "flush",

@@ -746,8 +746,7 @@ class TestHandingOn:
         with take(fabric) as lease:
             memory = lease.mem()
             for name, call in [
-                ("share", lease.share), ("map", memory.map), ("fetch_add", memory.fetch_add),
-                ("compare_and_swap", memory.compare_and_swap),
+                ("share", lease.share), ("map", memory.map),
             ]:  # fmt: skip
                 with pytest.raises(Incompatible, match=name) as refused:
                     call()

@@ -1,4 +1,4 @@
-"""Leased memory, on both of its paths: what is written is read, and nothing after the end."""
+"""Leased memory, on each of its paths: what is written is read, and nothing after the end."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from tests.sdk.world import World
 SIZE = 512 * 1024
 
 
-@pytest.fixture(params=["shared", "rpc"])
+@pytest.fixture(params=["shared", "port", "rpc"])
 def lease(request: pytest.FixtureRequest, world: World, fabric: Fabric) -> Iterator[MemLease]:
     world.control.descriptor = request.param == "shared"
+    if request.param == "port":
+        world.offer_port()
     with MemBuilder().fabric(fabric).min_bytes(SIZE).lease_secs(30).acquire() as made:
         assert made.mem().path == request.param
         yield made

@@ -14,7 +14,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from grafos_proto.v1 import (
 from grafos_proto.wire import certificates
 from grafos_proto.wire.credentials import Credentials, IdentityFiles
 from services.nodeagent.datapath import DataPath, Ended, LeaseTable, MemoryStorage, OpenLease
+from services.nodeagent.dataport import DataPort, Terms
 from services.nodeagent.gatepage import CellState, GatePage
 from services.nodeagent.handover import HandoverServer, Offer, Offers, own_description
 from services.nodeagent.holders import NodeServicer, Places
@@ -405,6 +406,8 @@ class World:
             lease_id, failure.of("REVOKED", reason), "revoked"
         )
         self.handover_path = folder / "h" / "h.sock"
+        self.places = Places(str(self.handover_path), 8)
+        self.servicer: NodeServicer
         self.servers = [self._serve_node(), self._serve_admission()]
         self.admission.endpoint = self.servers[0].endpoints[0]
         self._fabrics: list[Fabric] = []
@@ -432,6 +435,11 @@ class World:
         self._fabrics.append(made)
         return made
 
+    def offer_port(self) -> None:
+        """From now on whoever binds hears of the data port."""
+        path = str(self.handover_path.with_name("d.sock"))
+        self.places = self.servicer._places = replace(self.places, data_path=path)
+
     def stop_node(self) -> None:
         self.servers[0].stop(0)
 
@@ -444,6 +452,7 @@ class World:
         for server in self.servers:
             server.stop(0)
         self.handover.stop()
+        self.port.stop()
         self.control.close()
         self.gate.close()
         for grant in self.book.grants.values():
@@ -455,13 +464,15 @@ class World:
         offers = Offers()
         self.handover = HandoverServer(offers, self.sessions, self.control, SYSTEM.boot_ms)
         self.handover.start(self.handover_path)
-        self.places = Places(str(self.handover_path), 8)
-        servicer = NodeServicer(
+        node = self.credentials(Identity(TRUST_DOMAIN, Role.NODE, None, NODE_ID))
+        self.port = DataPort(data, self.sessions, lambda: node, Terms(TRUST_DOMAIN, SYSTEM))
+        self.port.listen_unix(self.handover_path.with_name("d.sock"))
+        self.servicer = NodeServicer(
             self.control, data, self.sessions, offers, self.places, SYSTEM.boot_ms
         )
         return self._serve(
             Identity(TRUST_DOMAIN, Role.NODE, None, NODE_ID), "NodeService",
-            node_pb2_grpc.add_NodeServiceServicer_to_server, servicer,
+            node_pb2_grpc.add_NodeServiceServicer_to_server, self.servicer,
         )  # fmt: skip
 
     def _serve_admission(self) -> Any:

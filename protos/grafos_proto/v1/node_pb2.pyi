@@ -56,6 +56,8 @@ class BindResponse(_message.Message):
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     DESCRIPTOR_FIELD_NUMBER: _builtins.int
     DIRECT_IO_FIELD_NUMBER: _builtins.int
+    DATA_PATH_FIELD_NUMBER: _builtins.int
+    DATA_PORT_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     epoch: _builtins.int
     generation: _builtins.int
@@ -72,6 +74,10 @@ class BindResponse(_message.Message):
     """the secret yields a memfd"""
     direct_io: _builtins.str
     """block: "direct" or "buffered" """
+    data_path: _builtins.str
+    """data port, a unix socket on the node's machine; empty: none"""
+    data_port: _builtins.int
+    """data port, TLS on the host where this was asked; 0: none"""
     def __init__(
         self,
         *,
@@ -85,10 +91,12 @@ class BindResponse(_message.Message):
         block_bytes: _builtins.int = ...,
         descriptor: _builtins.bool = ...,
         direct_io: _builtins.str = ...,
+        data_path: _builtins.str = ...,
+        data_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "descriptor", b"descriptor", "direct_io", b"direct_io", "epoch", b"epoch", "generation", b"generation", "handover_path", b"handover_path", "handover_secret", b"handover_secret", "lease_id", b"lease_id", "remaining_ms", b"remaining_ms", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "data_path", b"data_path", "data_port", b"data_port", "descriptor", b"descriptor", "direct_io", b"direct_io", "epoch", b"epoch", "generation", b"generation", "handover_path", b"handover_path", "handover_secret", b"handover_secret", "lease_id", b"lease_id", "remaining_ms", b"remaining_ms", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -229,7 +229,7 @@ class BlockLease:
             for at in range(first, first + blocks, TRANSFER_BLOCKS)
         )
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         """All or, of each 64 blocks, none: what a failure or a crash leaves is old or new."""
         first, blocks = self._range(offset, len(data))
         with memoryview(data) as view:

@@ -31,7 +31,7 @@ class Shelf:
         self.meanwhile()
         return found
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         self.meanwhile()
         self.data[offset : offset + len(data)] = data
 
