@@ -1,6 +1,7 @@
-"""Reading 64 bytes over the wire, which works from everywhere: our gRPC path beside etcd's.
+"""Reading 64 bytes by a call, which works from everywhere: ours beside etcd's.
 
-Both sides are one unary gRPC call under mutual TLS from the same Python client.
+Each is one unary call from the same Python client: ours by ttRPC on a unix socket and by gRPC under
+mutual TLS on loopback TCP, etcd's by gRPC under mutual TLS on loopback TCP.
 """
 
 from __future__ import annotations
@@ -9,33 +10,41 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
-from grafos import MemBuilder
+from grafos import Fabric, MemBuilder
 from tests.bench import peers
 from tests.bench.harness import Bench, Party, Result
 
-NAME = "read_64_grpc"
-WHAT = "read 64 B over gRPC with mutual TLS, one at a time"
-OURS, PEER = "grafos, gRPC path", "etcd Range, serializable"
+NAME = "read_64_call"
+WHAT = "read 64 B by a call, one at a time"
+NEAR, FAR = "grafos, unix socket", "grafos, TCP and TLS"
+PEER = "etcd Range, serializable"
 COUNT, VALUE = 200, b"r" * 64
 
 
 def run(bench: Bench, result: Result) -> None:
     with ExitStack() as ends:
-        _, fabric = ends.enter_context(bench.fabric())
-        lease = ends.enter_context(
-            MemBuilder().min_bytes(4096).lease_secs(600).fabric(fabric).acquire()
-        )
-        memory = lease.mem()
-        memory.write(0, VALUE)
-        lease._let_go()  # without its descriptor the same handle asks the node
-        if memory.path != "rpc":
-            raise AssertionError("the reads would not cross the wire")
-        parties = [Party(OURS, each_timed(lambda: memory.read(0, 64)))]
+        parties = [
+            Party(name, reads(ends, ends.enter_context(bench.fabric(tcp=tcp))[1]))
+            for name, tcp in ((NEAR, False), (FAR, True))
+        ]
         member = bench.with_peer(result, PEER, lambda: peers.etcd(bench.place), ends)
         if member is not None:
             member.put_first(b"k", VALUE, 0)
             parties.append(Party(PEER, each_timed(lambda: member.get(b"k"))))
         bench.take_turns(result, parties, bench.count(COUNT))
+
+
+def reads(ends: ExitStack, fabric: Fabric) -> Callable[[int], Mapping[str, Sequence[float]]]:
+    """Of a lease of its own, without its descriptor: so the handle asks the node."""
+    lease = ends.enter_context(
+        MemBuilder().min_bytes(4096).lease_secs(600).fabric(fabric).acquire()
+    )
+    memory = lease.mem()
+    memory.write(0, VALUE)
+    lease._let_go()
+    if memory.path != "rpc":
+        raise AssertionError("the reads would not cross the wire")
+    return each_timed(lambda: memory.read(0, 64))
 
 
 def each_timed(work: Callable[[], object]) -> Callable[[int], Mapping[str, Sequence[float]]]:
