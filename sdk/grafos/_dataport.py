@@ -26,7 +26,7 @@ from grafos_core.spiffe import Identity
 from grafos_proto.wire import dataframes as frames
 
 if TYPE_CHECKING:
-    from grafos_proto.wire.credentials import Provider
+    from grafos_proto.wire.credentials import Credentials, Provider
 
 TICK_S: Final = 0.05
 """A wait looks at the time this often."""
@@ -671,5 +671,89 @@ def connect_unix(path: str, provider: Provider, peer: Identity) -> Connect:
             stream.close()
             raise
         return stream
+
+    return connect
+
+
+class TlsStream:
+    """To a node elsewhere."""
+
+    def __init__(
+        self, host: str, port: int, ours: Credentials, peer: Identity, timeout_ms: float
+    ) -> None:
+        from grafos_proto.wire import tls  # loads ssl, which holders on the node's machine spare
+
+        raw = socket.create_connection((host, port), timeout_ms / 1000)
+        try:
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sock = tls.client_context(ours).wrap_socket(
+                raw, server_hostname=tls.server_name(peer)
+            )
+        except BaseException:
+            raw.close()
+            raise
+        try:
+            shown = tls.shown(self._sock)
+            if shown.identity != peer:
+                raise failure.of("IDENTITY", f"expected {peer}, met {shown.identity}")
+            self._sock.settimeout(TICK_S)
+        except BaseException:
+            self._sock.close()
+            raise
+
+    def receive(self, count: int, *, whole: bool = False) -> bytes:
+        try:
+            return self._sock.recv(count)
+        except TimeoutError:
+            raise BlockingIOError from None
+
+    def receive_into(self, view: memoryview) -> int:
+        try:
+            return self._sock.recv_into(view)
+        except TimeoutError:
+            raise BlockingIOError from None
+
+    def receive_now(self) -> bytes:
+        import ssl
+
+        self._sock.settimeout(0)
+        try:
+            return self._sock.recv(RECEIVE_BYTES)
+        except ssl.SSLWantReadError:
+            raise BlockingIOError from None
+        finally:
+            self._sock.settimeout(TICK_S)
+
+    def send(self, data: bytes | memoryview, *, more: bool = False) -> int:
+        """What timed out is sent again as it is: TLS has kept its place in it."""
+        try:
+            return self._sock.send(data)
+        except TimeoutError:
+            raise BlockingIOError from None
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def connect_tls(host: str, port: int, provider: Provider, peer: Identity) -> Connect:
+    """To the port of a node on another machine."""
+
+    def connect(timeout_ms: float) -> Stream:
+        return TlsStream(host, port, provider(), peer, timeout_ms)
+
+    return connect
+
+
+def first_of(*connects: Connect) -> Connect:
+    """The first that works: a path may be there and be another node's."""
+
+    def connect(timeout_ms: float) -> Stream:
+        end_ms = _clock.boot_ms() + timeout_ms
+        for each in connects[:-1]:
+            try:
+                return each(max(1, end_ms - _clock.boot_ms()))
+            except (OSError, FabricError):
+                continue
+        return connects[-1](max(1, end_ms - _clock.boot_ms()))
 
     return connect

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from grafos import _clock
 from grafos._calls import Peer, new_request_id
-from grafos._dataport import DataPort, PortDown, connect_unix
+from grafos._dataport import DataPort, PortDown, connect_tls, connect_unix, first_of
 from grafos._notice import Notice
 from grafos._session import LocalSession, Session, StreamSession
 from grafos_core import failure
@@ -260,10 +260,15 @@ class NodeLine:
 
     def _find_port(self, bound: Any) -> None:
         """Where bytes may go without calls; nothing is opened before there are any."""
+        connects = []
+        if bound.data_path and os.path.exists(bound.data_path):
+            connects.append(connect_unix(bound.data_path, self._provider, self._who))
+        if bound.data_port:
+            host = self.endpoint.rpartition(":")[0].strip("[]")
+            connects.append(connect_tls(host, bound.data_port, self._provider, self._who))
         with self._lock:
-            if self._port is None and bound.data_path and os.path.exists(bound.data_path):
-                connect = connect_unix(bound.data_path, self._provider, self._who)
-                self._port = DataPort(connect)
+            if connects and self._port is None:
+                self._port = DataPort(first_of(*connects))
 
     def _local(self, path: str) -> LocalSession:
         with self._lock:

@@ -4,8 +4,9 @@ Whoever comes proves the key of his certificate once, as on every local socket; 
 connection is his, and each of its operations is held against the leases of that key.
 
     accept ──► greeting: both prove their keys ──► requests and answers (dataport_line.py)
+               on the network: TLS 1.3, both certificates
 
-Rules. Anybody on the machine may connect; who has not proved a key within two seconds is shown out,
+Rules. Anybody may connect; who has not proved a key within two seconds is shown out,
 and a user has a bounded number of such. A holder whose name says which user it is must be that
 user. Connections are counted in all and for each key, and so is the memory that large frames
 borrow. Each connection has a thread of its own, and nothing that it does can hold up another, the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 import struct
 import threading
 from collections import Counter
@@ -25,12 +27,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from grafos_core import failure, spiffe
+from grafos_core.failure import FabricError
 from grafos_core.spiffe import Role
+from grafos_proto.wire import tls
 from grafos_proto.wire.certificates import Certificate
 from grafos_proto.wire.credentials import Provider
 from services.nodeagent.datapath import DataPath
-from services.nodeagent.dataport_line import AGE_MS_MAX, Line
-from services.nodeagent.dataport_pipe import UnixPipe
+from services.nodeagent.dataport_line import AGE_MS_MAX, Line, Pipe
+from services.nodeagent.dataport_pipe import TlsPipe, UnixPipe
 from services.nodeagent.dataport_work import Work
 from services.nodeagent.sessions import Sessions
 from services.runtime.clock import Clock
@@ -45,6 +49,7 @@ STRANGERS_PER_USER_MAX: Final = 16
 """Connections of one user that have proved nothing yet."""
 BORROWED_BYTES_MAX: Final = 64 << 20
 """Of frames above 64 KiB that are under way, of all connections together."""
+HANDSHAKE_S: Final = 2.0
 BACKLOG: Final = 64
 ACCEPT_PAUSE_S: Final = 0.1
 _UCRED: Final = struct.Struct("3i")
@@ -78,6 +83,9 @@ class Terms:
     limits: Limits = field(default_factory=lambda: Limits(connection_age_ms_max=AGE_MS_MAX))
 
 
+Greeted = tuple[Pipe, Certificate]
+
+
 class DataPort:
     """The sockets and their connections."""
 
@@ -90,11 +98,14 @@ class DataPort:
         self._lock = threading.Lock()
         self._lines: set[Line] = set()
         self._threads: set[threading.Thread] = set()
-        self._strangers: Counter[int] = Counter()
-        self._users: Counter[int] = Counter()
+        self._strangers: Counter[int | str] = Counter()
+        self._users: Counter[int | str] = Counter()
         self._holders: Counter[str] = Counter()
         self._listeners: list[socket.socket] = []
         self._stopped = threading.Event()
+        self._context: ssl.SSLContext | None = None
+        self._shown = b""
+        """The certificate that the context shows."""
 
     def listen_unix(self, path: Path) -> None:
         """Others of this machine may reach it, but not write beside it."""
@@ -106,6 +117,21 @@ class DataPort:
         path.chmod(0o666)
         listener.listen(BACKLOG)
         self._listen(listener, self._take_local)
+
+    def listen_tls(self, host: str, port: int) -> int:
+        """For holders on other machines; the number of the port that it is. 0 takes any."""
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen(BACKLOG)
+        except OSError as error:
+            listener.close()
+            raise failure.of("UNREACHABLE", f"data port: {error.strerror}") from None
+        self._listen(listener, self._take_remote)
+        number: int = listener.getsockname()[1]
+        return number
 
     def stop(self) -> None:
         """Let nobody in, end every connection, leave no thread."""
@@ -148,32 +174,53 @@ class DataPort:
 
     def _take_local(self, sock: socket.socket) -> None:
         said = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        uid = _UCRED.unpack(said)[1]
+        uid: int = _UCRED.unpack(said)[1]
+
+        def greet() -> Greeted | None:
+            holder = self._greeted(sock, uid)
+            return None if holder is None else (UnixPipe(sock), holder)
+
+        self._take(sock, uid, greet)
+
+    def _take_remote(self, sock: socket.socket) -> None:
+        try:
+            address: str = sock.getpeername()[0]
+        except OSError:  # gone
+            sock.close()
+            return
+        self._take(sock, address, lambda: self._shaken(sock))
+
+    def _take(
+        self, sock: socket.socket, user: int | str, greet: Callable[[], Greeted | None]
+    ) -> None:
+        """`user`: of this machine, or another machine's address."""
         with self._lock:
             if (
                 len(self._threads) >= CONNECTIONS_MAX
-                or self._users[uid] >= CONNECTIONS_PER_USER_MAX
-                or self._strangers[uid] >= STRANGERS_PER_USER_MAX
+                or self._users[user] >= CONNECTIONS_PER_USER_MAX
+                or self._strangers[user] >= STRANGERS_PER_USER_MAX
             ):
                 sock.close()
                 return
-            self._strangers[uid] += 1
-            self._users[uid] += 1
-        self._start(lambda: self._serve_local(sock, uid), "data")
+            self._strangers[user] += 1
+            self._users[user] += 1
+        self._start(lambda: self._receive(sock, user, greet), "data")
 
-    def _serve_local(self, sock: socket.socket, uid: int) -> None:
+    def _receive(
+        self, sock: socket.socket, user: int | str, greet: Callable[[], Greeted | None]
+    ) -> None:
         try:
             try:
-                holder = self._greeted(sock, uid)
+                greeted = greet()
             finally:
-                self._count_out(self._strangers, uid)
-            if holder is not None:
-                self._serve(UnixPipe(sock), holder)
+                self._count_out(self._strangers, user)
+            if greeted is not None:
+                self._serve(*greeted)
         finally:
             sock.close()
-            self._count_out(self._users, uid)
+            self._count_out(self._users, user)
 
-    def _serve(self, pipe: UnixPipe, holder: Certificate) -> None:
+    def _serve(self, pipe: Pipe, holder: Certificate) -> None:
         """Until the connection ends. Whoever has too many already is not served."""
         key = holder.thumbprint
         line = Line(
@@ -203,6 +250,30 @@ class DataPort:
             check_holder(leaf, uid)
 
         return greeted(sock, self._provider, self._terms, check)
+
+    def _shaken(self, sock: socket.socket) -> Greeted | None:
+        """A TLS connection and who its handshake proved."""
+        ours = self._provider()
+        with self._lock:
+            if self._shown != ours.chain_pem:
+                self._context, self._shown = tls.server_context(ours), ours.chain_pem
+            context = self._context
+        assert context is not None
+        try:
+            sock.settimeout(HANDSHAKE_S)
+            made = context.wrap_socket(sock, server_side=True)
+        except (OSError, ValueError):  # no certificate, no TLS, nothing at all
+            return None
+        try:
+            holder = tls.shown(made)
+            holder.check_fresh(self._terms.clock.wall_ms())
+            if holder.identity.trust_domain != self._terms.trust_domain:
+                raise failure.of("IDENTITY", "trust domain")
+            check_holder(holder, None)
+            return TlsPipe(made), holder
+        except (OSError, FabricError):
+            made.close()
+            return None
 
     def _start(self, run: Callable[[], None], name: str) -> None:
         def runs() -> None:

@@ -30,7 +30,6 @@ RECEIVE_BYTES: Final = 64 * 1024
 """Of a connection's buffer, and of what it answers at a time; a larger frame borrows its room."""
 NEWS_MAX: Final = 256
 """Notices that wait for a holder who does not read; the oldest give way."""
-TICK_S: Final = 1.0
 FRAME_MS_MAX: Final = 5_000
 """For a frame that has begun to be whole."""
 SEND_MS_MAX: Final = 5_000
@@ -54,11 +53,11 @@ class Pipe(Protocol):
         """How many bytes came; 0 at the end.
 
         Raises:
-            BlockingIOError: nothing came within `TICK_S`.
+            BlockingIOError: nothing came for a second, or somebody called `wake`.
         """
 
     def send(self, data: bytes | memoryview) -> int:
-        """How many bytes were taken. BlockingIOError: none within `TICK_S`."""
+        """How many bytes were taken. BlockingIOError: none for a second."""
 
     def send_at_once(self, data: bytes) -> int:
         """As `send`, from any thread; BlockingIOError: that would have to wait."""
@@ -127,7 +126,7 @@ class Line:
         """From any thread, without waiting."""
         self._news.append(frames.said(frames.NOTICE, 0, notice_fields(news)))
         self._send_news()
-        if self._news:
+        if self._news or self._unsent:
             self._pipe.wake()
 
     def shut(self) -> None:
@@ -301,7 +300,9 @@ class Line:
             else:
                 for part in parts:
                     self._push(part)
-        if self._news:
+            while self._news:
+                self._push(self._news.popleft())
+        if self._news:  # told while we held the lock
             self._send_news()
 
     def _push(self, data: bytes) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from grafos_core import failure
+from grafos_core.failure import FabricError
 from grafos_proto.v1 import node_pb2_grpc
 from grafos_proto.wire.credentials import CHAIN_FILE, Credentials, IdentityFiles
 from services.nodeagent.datapath import DataPath, LeaseTable
@@ -74,6 +75,7 @@ class Front:
         self._server: Server | None = None
         self._data_path = Path(flags.handover).with_name("data.sock")
         terms = Terms(self._identity().identity.trust_domain, SYSTEM)
+        self._data_port = 0
         self._port = DataPort(self._data, self._sessions, self._identity, terms)
         shelf = BlockShelf(Path(flags.block_file), flags.block_bytes)
         self._desk = FrontDesk(line, self._data, self._sessions, shelf.storage, self._stop)
@@ -87,18 +89,22 @@ class Front:
             Path(self._flags.handover)
         )
         self._port.listen_unix(self._data_path)
+        self._data_port = self._listen_for_remotes()
         self._server = serve(
             [self._listener()],
             provider=self._identity,
             trust_domain=self._identity().identity.trust_domain,
             log=self._log,
         )
-        self._link.send({"op": "ready", "endpoint": self._server.endpoints[0]})
+        endpoint = self._server.endpoints[0]
+        self._link.send({"op": "ready", "endpoint": endpoint, "data_port": self._data_port})
         reader.join()
         os._exit(0)  # control is gone: nothing here is worth another moment
 
     def _listener(self) -> Listener:
-        places = Places(self._flags.handover, LIMITS.calls_max // 2, str(self._data_path))
+        places = Places(
+            self._flags.handover, LIMITS.calls_max // 2, str(self._data_path), self._data_port
+        )
         servicer = NodeServicer(
             self._line, self._data, self._sessions, self._offers, places, SYSTEM.boot_ms
         )
@@ -106,6 +112,16 @@ class Front:
             "grafos.v1.NodeService", node_pb2_grpc.add_NodeServiceServicer_to_server, servicer
         )
         return Listener(self._flags.listen, [service], limits=LIMITS)
+
+    def _listen_for_remotes(self) -> int:
+        """The number of the data port beside a network listener; 0: all holders are local."""
+        if self._flags.listen.startswith("unix:"):
+            return 0
+        host = self._flags.listen.rpartition(":")[0].strip("[]")
+        try:
+            return self._port.listen_tls(host, self._flags.data_port)
+        except FabricError:  # another program has the number that was ours
+            return self._port.listen_tls(host, 0)
 
     def _stop(self) -> None:
         if self._server is not None:
@@ -145,6 +161,7 @@ def _flags() -> argparse.Namespace:
     parser.add_argument("--listen", required=True)
     parser.add_argument("--identity-dir", required=True)
     parser.add_argument("--handover", required=True)
+    parser.add_argument("--data-port", type=int, default=0)
     parser.add_argument("--block-file", default="")
     parser.add_argument("--block-bytes", type=int, default=0)
     parser.add_argument("--log-level", default="info")

@@ -46,11 +46,12 @@ class FrontFlags:
     development: bool
     """Whether fault points may be armed."""
 
-    def arguments(self, listen: str) -> list[str]:
+    def arguments(self, listen: str, data_port: int) -> list[str]:
         return [
             *("--parent", str(os.getpid())),
             *("--gate", str(self.gate_fd)),
             *("--listen", listen),
+            *("--data-port", str(data_port)),
             *("--identity-dir", self.identity_dir),
             *("--handover", self.handover),
             *("--block-file", self.block_file),
@@ -80,6 +81,8 @@ class FrontLine:
         self._wanted = False
         self.endpoint = ""
         """Where holders connect; the same after every restart."""
+        self.data_port = 0
+        """As `endpoint`; 0: none yet, or no network."""
         self.restarts = 0
 
     @property
@@ -135,7 +138,9 @@ class FrontLine:
 
     def _spawn(self, now_ms: int) -> None:
         listen = self.endpoint or self._flags.listen
-        child = children.spawn(MODULE, self._flags.arguments(listen), [self._flags.gate_fd], now_ms)
+        child = children.spawn(
+            MODULE, self._flags.arguments(listen, self.data_port), [self._flags.gate_fd], now_ms
+        )
         self._child = child
 
         def gone() -> None:
@@ -158,7 +163,7 @@ class FrontLine:
             close_all(fds)
             return
         if message["op"] == "ready":
-            self.endpoint = message["endpoint"]
+            self.endpoint, self.data_port = message["endpoint"], message["data_port"]
 
         def reply(answer: Mapping[str, Any]) -> None:
             line.reply(message, answer)

@@ -45,7 +45,7 @@ def test_one_user_over_loopback_tcp(tmp_path: Path) -> None:
         holder, operator = town.visit("holder"), town.visit("operator")
         for node in ("n1", "n2"):
             use_and_give_back(holder, "mem", node, "shared")
-            use_and_give_back(holder, "block", node, "rpc")
+            use_and_give_back(holder, "block", node, "port")
         assert eventually(lambda: all_free(operator, town))
         assert town.stop() == dict.fromkeys(SERVED, 0)
     assert processes_naming(str(town.folder)) == []
@@ -60,8 +60,8 @@ def test_every_member_another_user_in_another_network(tmp_path: Path) -> None:
         holder, operator = town.visit("holder"), town.visit("operator")
         assert_apart(town, holder)
         for node in ("n1", "n2"):
-            use_and_give_back(holder, "mem", node, "rpc")
-            use_and_give_back(holder, "block", node, "rpc")
+            use_and_give_back(holder, "mem", node, "port")
+            use_and_give_back(holder, "block", node, "port")
         cut_off_and_healed(town, holder, operator)
         assert eventually(lambda: all_free(operator, town))
         assert town.stop() == dict.fromkeys(SERVED, 0)
@@ -141,14 +141,14 @@ def cut_off_and_healed(town: Town, holder: Visitor, operator: Visitor) -> None:
     with pytest.raises(Refused) as refused:
         holder("acquire", kind="mem", node="n1", ttl=TTL_S)
     assert refused.value.code == "NODE_NOT_READY"
-    use_and_give_back(holder, "mem", "n2", "rpc")
-    use_and_give_back(holder, "block", "n2", "rpc")
+    use_and_give_back(holder, "mem", "n2", "port")
+    use_and_give_back(holder, "block", "n2", "port")
     assert holder("renew", lease_id=kept) > 50_000
     for lease_id in lost.values():  # nothing is free because time has passed
         assert operator("ledger", endpoint=ledger, lease_id=lease_id) == "LEASE_STATE_ENDING"
     town.heal("n1")
     assert eventually(lambda: all(_is_released(operator, ledger, each) for each in lost.values()))
-    use_and_give_back(holder, "mem", "n1", "rpc")
+    use_and_give_back(holder, "mem", "n1", "port")
     assert holder("read", lease_id=kept, length=14) == "before the cut"
     assert holder("release", lease_id=kept)["credited"] is True
 

@@ -60,7 +60,8 @@ class Visit:
         made = builder.where(node=node).lease_secs(ttl).fabric(self._fabric)
         lease = (made.wait(wait) if wait else made).acquire()
         self._leases[lease.lease_id] = lease
-        path = lease.mem().path if kind == "mem" else "rpc"
+        far = "rpc" if lease._grip.node.port is None else "port"
+        path = lease.mem().path if kind == "mem" else far
         return {"lease_id": lease.lease_id, "epoch": lease.epoch, "path": path}
 
     def do_write(self, lease_id: str, text: str) -> None:

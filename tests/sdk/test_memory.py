@@ -22,13 +22,13 @@ from tests.sdk.world import World
 SIZE = 512 * 1024
 
 
-@pytest.fixture(params=["shared", "port", "rpc"])
+@pytest.fixture(params=["shared", "port", "tls", "rpc"])
 def lease(request: pytest.FixtureRequest, world: World, fabric: Fabric) -> Iterator[MemLease]:
     world.control.descriptor = request.param == "shared"
-    if request.param == "port":
-        world.offer_port()
+    if request.param in ("port", "tls"):
+        world.offer_port(tls=request.param == "tls")
     with MemBuilder().fabric(fabric).min_bytes(SIZE).lease_secs(30).acquire() as made:
-        assert made.mem().path == request.param
+        assert made.mem().path == ("port" if request.param == "tls" else request.param)
         yield made
 
 

@@ -435,10 +435,15 @@ class World:
         self._fabrics.append(made)
         return made
 
-    def offer_port(self) -> None:
-        """From now on whoever binds hears of the data port."""
-        path = str(self.handover_path.with_name("d.sock"))
-        self.places = self.servicer._places = replace(self.places, data_path=path)
+    def offer_port(self, *, tls: bool = False) -> None:
+        """From now on whoever binds hears of the data port, on the network or on this machine."""
+        if tls:
+            number = self.port.listen_tls("127.0.0.1", 0)
+            self.places = replace(self.places, data_port=number)
+        else:
+            path = str(self.handover_path.with_name("d.sock"))
+            self.places = replace(self.places, data_path=path)
+        self.servicer._places = self.places
 
     def stop_node(self) -> None:
         self.servers[0].stop(0)

@@ -15,7 +15,7 @@ from grafos._authority import Authority
 from grafos_core.failure import FabricError
 from grafos_core.lease import Kind
 from grafos_core.spiffe import Identity, Role
-from grafos_proto.wire import certificates, ttrpc
+from grafos_proto.wire import certificates, tls, ttrpc
 from grafos_proto.wire import dataframes as frames
 from grafos_proto.wire.credentials import Credentials
 from services.nodeagent.datapath import DataPath, Ended, LeaseTable, MemoryStorage, OpenLease
@@ -89,6 +89,7 @@ class Rig:
         )
         self.sessions = Sessions(Watchman())
         self.path = folder / "p" / "d.sock"
+        self.tls_port = 0
         self.port = DataPort(self.data, self.sessions, lambda: self.node, Terms(DOMAIN, self.clock))
         self.port.listen_unix(self.path)
         self._slots = iter(range(16))
@@ -134,6 +135,13 @@ class Rig:
             sock.close()
             raise
         return Caller(sock)
+
+    def connect_tls(self, who: Credentials) -> Caller:
+        if not self.tls_port:
+            self.tls_port = self.port.listen_tls("127.0.0.1", 0)
+        raw = socket.create_connection(("127.0.0.1", self.tls_port), 5)
+        name = tls.server_name(NODE)
+        return Caller(tls.client_context(who).wrap_socket(raw, server_hostname=name))
 
     def close(self) -> None:
         self.port.stop()

@@ -432,3 +432,51 @@ class TestLimits:
             caller.close()
         assert threading.active_count() == threads
         assert len(os.listdir("/proc/self/fd")) == files
+
+
+class TestOverTls:
+    def test_a_holder_elsewhere_does_the_same(self, rig: Rig, alice: Credentials) -> None:
+        lease = rig.lease(alice)
+        caller = rig.connect_tls(alice).hello().open(lease)
+        data = os.urandom(3 << 20)
+        answer = caller.ask(WRITE, 0, 1, offset=1, count=len(data), payload=data)
+        assert answer == (DATA, 1, b"")
+        assert caller.ask(READ, 0, 2, offset=1, count=len(data)) == (DATA, 2, data)
+        shelf(lease).meanwhile = lambda: rig.end(lease, failure.of("REVOKED"))
+        caller.send(frames.request(READ, 0, 3, count=64))
+        assert caller.hear()[2].code == "REVOKED"
+        caller.close()
+
+    def test_news_reach_a_holder_who_waits(self, rig: Rig, alice: Credentials) -> None:
+        session = secrets.token_hex(16)
+        caller = rig.connect_tls(alice).hello(session)
+        began = time.monotonic()
+        for kind in ("revoke_warning", "revoked"):
+            rig.sessions.tell(session_key(alice.thumbprint, session), News("ab" * 16, kind))
+        assert [caller.hear()[2]["kind"] for _ in range(2)] == ["revoke_warning", "revoked"]
+        assert time.monotonic() - began < 0.5
+        caller.close()
+
+    @pytest.mark.parametrize("stranger", ["nobody", "another fabric", "a service"])
+    def test_t1_t3_whoever_is_no_holder_of_this_fabric_is_shown_out(
+        self, rig: Rig, alice: Credentials, tmp_path: Path, stranger: str
+    ) -> None:
+        rig.connect_tls(alice).hello().close()
+        if stranger == "nobody":
+            with socket.create_connection(("127.0.0.1", rig.tls_port), 5) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                assert Caller(sock).is_over()
+            return
+        if stranger == "a service":
+            who = rig.credentials(Identity(DOMAIN, Role.SERVICE, None, "ledger"))
+        else:
+            now_ms = rig.clock.wall_ms()
+            other = Authority.init(tmp_path / "other", trust_domain=DOMAIN, now_ms=now_ms)
+            key = certificates.new_tls_key()
+            name = Identity(DOMAIN, Role.HOLDER, "acme", "alice")
+            chain = other.issue(key.public_key(), name, now_ms=now_ms)
+            who = Credentials(certificates.key_pem(key), chain, rig.authority.bundle_pem)
+        caller = rig.connect_tls(who)  # its own half of the handshake is over before ours
+        with pytest.raises((OSError, AssertionError)):
+            caller.hello()
+        caller.close()
