@@ -376,10 +376,10 @@ class Agent:
             case SendReceipt():
                 self._send(effect)
             case ReportBound():
-                report = c.ReportBound(
-                    self.node_id, self.incarnation, effect.lease_id, effect.epoch, effect.generation
-                )
-                self._report(report)
+                self._report(c.ReportBound(
+                    self.node_id, self.incarnation, effect.lease_id, effect.epoch,
+                    effect.generation, effect.stage,
+                ))  # fmt: skip
             case Answer():
                 self._answers[effect.request] = effect.result
             case Notify():

@@ -8,6 +8,7 @@ deadline is passed over. Whoever sleeps moves it.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -130,3 +131,13 @@ class VirtualTime:
 
 
 TIME: Final = VirtualTime()
+
+
+def _in_child() -> None:
+    """A forked child has none of its parent's fabrics, and lives by the machine's clock."""
+    TIME.lock = threading.RLock()
+    TIME._worlds.clear()
+    _clock.use(None)
+
+
+os.register_at_fork(after_in_child=_in_child)

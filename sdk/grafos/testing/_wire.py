@@ -177,7 +177,9 @@ class Desk:
 
     def Release(self, request: Any, who: Caller, timeout_ms: float) -> Any:
         args = (request.lease_id, request.epoch, who.key, request.credit_wait_ms)
-        answer = self._agent.ask("release", who, timeout_ms, *args)
+        is_saved = getattr(request, "checkpoint", False)
+        verb = "checkpoint_done" if is_saved else "release"
+        answer = self._agent.ask(verb, who, timeout_ms, *args)
         with self._time.lock:
             slip = self._agent.slip(answer.receipt)
         return node_pb2.NodeReleaseResponse(receipt=slip, credited=answer.credited)
@@ -440,4 +442,5 @@ def origin() -> str:
         if name.split(".")[0] not in ("grafos", "concurrent", "threading", "asyncio", "contextlib"):
             return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
-    return "a thread of the SDK"
+    lanes = sys.modules.get("grafos.aio._lanes")
+    return (lanes.ASKED_AT.get() if lanes is not None else "") or "a thread of the SDK"
