@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from grafos import _clock
 from grafos._calls import Peer, new_request_id
-from grafos._dataport import DataPort, PortDown, connect_tls, connect_unix, first_of
+from grafos._dataport import Connect, DataPort, PortDown, connect_tls, connect_unix, first_of
 from grafos._notice import Notice
 from grafos._session import LocalSession, Session, StreamSession
 from grafos_core import failure
@@ -65,6 +65,8 @@ class NodeLine:
         self._lock = threading.Lock()
         self._session: Session | None = None
         self._port: DataPort | None = None
+        self._ways: list[Connect] = []
+        """To the port, the quicker one first."""
         self._lost_since_ms: int | None = None
 
     def bind(self, verb: str, token: str) -> tuple[Any, int]:
@@ -110,9 +112,7 @@ class NodeLine:
         port = self._port
         if port is not None and port.is_up:
             try:
-                return port.read(
-                    lease_id, epoch, offset=offset, length=length, timeout_ms=timeout_ms
-                )
+                return port.read(lease_id, epoch, offset, length, timeout_ms)
             except PortDown:
                 pass  # the calls below reach the node, or say that nothing does
         for at in range(offset, offset + length, CHUNK_BYTES_MAX):
@@ -268,7 +268,7 @@ class NodeLine:
             connects.append(connect_tls(host, bound.data_port, self._provider, self._who))
         with self._lock:
             if connects and self._port is None:
-                self._port = DataPort(first_of(*connects))
+                self._ways, self._port = connects, DataPort(first_of(*connects))
 
     def _local(self, path: str) -> LocalSession:
         with self._lock:

@@ -82,6 +82,14 @@ class MemoryStorage:
             data += part
         return data
 
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """As `read`, for large pieces: into memory that is there already."""
+        while view:
+            count = os.preadv(self.descriptor, [view], offset)
+            if not count:
+                raise failure.of("EXTENT", "the memory was cut short")
+            view, offset = view[count:], offset + count
+
     def write(self, offset: int, data: bytes | memoryview) -> None:
         view = memoryview(data)
         while view:
@@ -218,6 +226,8 @@ class DataPath:
         self._device_failed = device_failed
         """Told of a lease whose device fails, and how: it is not to be trusted further."""
         self._count = threading.Condition()
+        self.waiting = 0
+        """Teardowns that wait for an operation to leave."""
 
     def read(
         self, holder_key: str, lease_id: str, epoch: int, *, offset: int, length: int
@@ -259,7 +269,11 @@ class DataPath:
     def wait_quiet(self, slot: int) -> int:
         """Wait, but not for long, until nothing is in flight; how many operations still are."""
         with self._count:
-            self._count.wait_for(lambda: self._gate.in_flight(slot) == 0, QUIET_S)
+            self.waiting += 1  # before the first look: whoever leaves after it says so
+            try:
+                self._count.wait_for(lambda: self._gate.in_flight(slot) == 0, QUIET_S)
+            finally:
+                self.waiting -= 1
             return self._gate.in_flight(slot)
 
     def find(self, holder_key: str, lease_id: str, epoch: int) -> OpenLease:
@@ -312,12 +326,16 @@ class DataPath:
 
     def enter(self, lease: OpenLease) -> None:
         """Something is in flight now; then look at the gate, and `leave` in any case."""
-        with self._count:
-            self._gate.enter(lease.slot)
+        self._gate.enter(lease.slot)
 
     def leave(self, lease: OpenLease) -> None:
+        self._gate.leave(lease.slot)
+        if self.waiting:
+            self.tell_waiting()
+
+    def tell_waiting(self) -> None:
+        """Something has left."""
         with self._count:
-            self._gate.leave(lease.slot)
             self._count.notify_all()
 
     @contextmanager

@@ -21,7 +21,18 @@ from grafos_core import failure
 from grafos_core.failure import FabricError
 from grafos_proto.wire import dataframes as frames
 from grafos_proto.wire.certificates import Certificate
-from services.nodeagent.dataport_work import COUNT, FLAGS, HANDLE, OP, RUN_MAX, TAG, Asked, Work
+from grafos_proto.wire.dataframes import READ
+from services.nodeagent.dataport_work import (
+    COUNT,
+    FLAGS,
+    HANDLE,
+    OP,
+    RUN_MAX,
+    SMALL_BYTES_MAX,
+    TAG,
+    Asked,
+    Work,
+)
 from services.nodeagent.handover import notice_fields
 from services.nodeagent.sessions import News, Sessions, session_key
 from services.runtime.clock import Clock
@@ -49,8 +60,8 @@ class Broken(Exception):
 class Pipe(Protocol):
     """A connected stream: a unix socket, or TLS."""
 
-    def receive(self, room: memoryview) -> int:
-        """How many bytes came; 0 at the end.
+    def receive(self, room: memoryview, *, whole: bool = False) -> int:
+        """How many bytes came; 0 at the end. `whole`: rather all that has room than soon.
 
         Raises:
             BlockingIOError: nothing came for a second, or somebody called `wake`.
@@ -95,6 +106,8 @@ class Line:
         self._sessions, self._room, self._clock = sessions, room, clock
         self._buffer = memoryview(bytearray(RECEIVE_BYTES))
         self._borrowed = self._start = self._end = 0
+        self._wanted = 0
+        """What is missing of a large frame; received alone, so that nothing has to be moved."""
         self._greeted, self._session = False, ""
         self._news: deque[bytes] = deque(maxlen=NEWS_MAX)
         self._unsent = b""
@@ -102,14 +115,17 @@ class Line:
         self._sending = threading.Lock()
         now_ms = clock.boot_ms()
         self._heard_ms, self._fresh_ms, self._end_ms = now_ms, 0, now_ms + AGE_MS_MAX
+        self._is_run = False
         self._begun_ms = 0
         """Since when a frame is incomplete; 0: none is."""
 
     def run(self) -> None:
         try:
             while True:
+                wanted = self._wanted
+                end = self._end + wanted if wanted else max(RECEIVE_BYTES, self._end + 1)
                 try:
-                    count = self._pipe.receive(self._buffer[self._end :])
+                    count = self._pipe.receive(self._buffer[self._end : end], whole=wanted > 0)
                 except BlockingIOError:
                     self._quiet()
                     continue
@@ -144,9 +160,15 @@ class Line:
             asked = self._whole()
             if asked:
                 self._begun_ms = 0
-                self._answer(asked)
+                if self._is_run:
+                    answers = self._work.run(asked)
+                    self._send(answers)
+                    asked = asked[len(answers) :]
+                if asked or not self._is_run:
+                    self._answer(asked)
             if not asked or self._start == self._end:
                 break
+        self._wanted = 0
         if self._start < self._end:
             self._begun_ms = self._begun_ms or now_ms
             if now_ms - self._begun_ms > FRAME_MS_MAX:
@@ -156,8 +178,9 @@ class Line:
             self._start = self._end = 0
 
     def _whole(self) -> list[Asked]:
-        """The requests that are in the buffer from end to end."""
+        """The requests that are in the buffer from end to end; `_is_run`: they are one run."""
         found: list[Asked] = []
+        is_run, lease = self._greeted, -1
         buffer, start, end = self._buffer, self._start, self._end
         while end - start >= _HEADER:
             request = _UNPACK(buffer, start)
@@ -170,7 +193,12 @@ class Line:
                 break
             found.append((request, buffer[payload:after]))
             start = after
+            if lease < 0:
+                lease = request[HANDLE]
+            if request[OP] < READ or request[COUNT] > SMALL_BYTES_MAX or request[HANDLE] != lease:
+                is_run = False
         self._start = start
+        self._is_run = is_run and len(found) <= RUN_MAX
         return found
 
     def _make_room(self) -> None:
@@ -189,9 +217,11 @@ class Line:
             self._borrowed = wanted
             self._buffer = memoryview(bytearray(wanted))
         elif start + whole <= len(buffer) and end < len(buffer):
+            self._wanted = whole - there if whole > RECEIVE_BYTES else 0
             return
         self._buffer[:there] = bytes(buffer[start:end])
         self._start, self._end = 0, there
+        self._wanted = whole - there if whole > RECEIVE_BYTES else 0
 
     def _skip(self, whole: int) -> None:
         """Take a frame that there is no room for off the wire, and say so."""
@@ -288,7 +318,7 @@ class Line:
         answer = frames.HELLO_ANSWER.pack(frames.VERSION, frames.HANDLES_MAX, left_ms)
         return frames.answer(tag, answer)
 
-    def _send(self, parts: Iterable[bytes]) -> None:
+    def _send(self, parts: Iterable[bytes | memoryview]) -> None:
         """All of it, before anything that another thread may have to say."""
         with self._sending:
             if self._unsent:
@@ -305,7 +335,7 @@ class Line:
         if self._news:  # told while we held the lock
             self._send_news()
 
-    def _push(self, data: bytes) -> None:
+    def _push(self, data: bytes | memoryview) -> None:
         view: bytes | memoryview = data
         until_ms = 0
         while True:
@@ -344,6 +374,7 @@ class Line:
 
     def _quiet(self) -> None:
         """Nothing has come for a moment."""
+        self._work.rest()
         if self._borrowed and self._end == 0:
             self._buffer = memoryview(bytearray(RECEIVE_BYTES))
             self._give_back()

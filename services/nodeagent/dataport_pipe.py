@@ -33,8 +33,8 @@ class UnixPipe:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
-    def receive(self, room: memoryview) -> int:
-        return self._sock.recv_into(room)
+    def receive(self, room: memoryview, *, whole: bool = False) -> int:
+        return self._sock.recv_into(room, 0, socket.MSG_WAITALL if whole else 0)
 
     def send(self, data: bytes | memoryview) -> int:
         return self._sock.send(data, socket.MSG_NOSIGNAL)
@@ -66,7 +66,7 @@ class TlsPipe:
         self._writable.register(sock.fileno(), select.POLLOUT)
         self._tick_ms = int(TICK_S * 1000)
 
-    def receive(self, room: memoryview) -> int:
+    def receive(self, room: memoryview, *, whole: bool = False) -> int:
         while True:
             try:
                 return self._sock.recv_into(room)

@@ -13,6 +13,7 @@ runs, and its verdict comes after the last byte has left.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,12 +28,14 @@ from services.nodeagent.datapath import (
     DataPath,
     MemoryStorage,
     OpenLease,
+    Storage,
     check_range,
     check_right,
     read_from,
     write_to,
 )
 from services.nodeagent.gatepage import Watch
+from services.runtime.faults import fault
 
 RUN_MAX: Final = 256
 RUN_BYTES_MAX: Final = 256 * 1024
@@ -66,6 +69,12 @@ class Work:
     def __init__(self, data: DataPath, holder_key: str) -> None:
         self._data, self._holder_key = data, holder_key
         self._held: dict[int, Held] = {}
+        self._scratch: memoryview | None = None
+        """Where pieces of large reads are put, one after the other."""
+
+    def rest(self) -> None:
+        """Keep nothing that is only needed under load."""
+        self._scratch = None
 
     def open(self, request: Request, payload: memoryview) -> bytes:
         handle, epoch = request[HANDLE], request[OFFSET]
@@ -91,20 +100,26 @@ class Work:
 
     def run(self, asked: Sequence[Asked]) -> list[bytes]:
         """Answers to the first requests of `asked`, which are on one handle; at least to one."""
+        data = self._data
         try:
             held = self._current(asked[0][0][HANDLE])
-            self._data.enter(held.lease)
+            watch = held.watch
+            watch.enter()
             try:
-                self._look(held)
+                if not watch.is_open(data.boottime_ns()):
+                    data.check_open(held.lease)
                 answers = self._perform(held, asked)
-                self._look(held)
+                if not watch.is_open(data.boottime_ns()):
+                    data.check_open(held.lease)
             finally:
-                self._data.leave(held.lease)
+                watch.leave()
+                if data.waiting:
+                    data.tell_waiting()
         except FabricError as cause:
             return [frames.refusal(request[TAG], cause) for request, _ in asked]
         return answers
 
-    def large(self, request: Request, payload: memoryview) -> Iterator[bytes]:
+    def large(self, request: Request, payload: memoryview) -> Iterator[bytes | memoryview]:
         """A read or write, piece by piece: its answer's bytes in order, at the end the verdict."""
         try:
             held = self._current(request[HANDLE])
@@ -139,13 +154,18 @@ class Work:
         storage, size, is_plain = lease.storage, lease.size_bytes, lease.granule_bytes == 1
         answers: list[bytes] = []
         add, room = answers.append, RUN_BYTES_MAX
+        pread, fd = os.pread, -1
+        if type(storage) is MemoryStorage:  # the usual case, without a call more than needed
+            fd = storage.descriptor
         for request, payload in asked:
             length, op, _, _, tag, count, offset = request
             try:
                 if op == READ and is_plain and held.can_read and not length:
                     if offset + count > size:
                         check_range(lease, offset, count)
-                    data = read_from(storage, offset, count)
+                    data = b"" if fd < 0 else pread(fd, count, offset)
+                    if len(data) != count or fd < 0:
+                        data = read_from(storage, offset, count)
                     add(_PACK(count + 1, 1, 0, 0, tag) + data + GOOD_BYTE)
                     room -= count
                 elif op == WRITE and is_plain and held.can_write and length == count:
@@ -161,6 +181,8 @@ class Work:
                 add(frames.refusal(tag, self._data.failed(lease, error)))
             if room <= 0:
                 break
+        if fd >= 0:
+            fault("front.read")
         return answers
 
     def _other(self, held: Held, request: Request, payload: memoryview) -> bytes:
@@ -183,6 +205,8 @@ class Work:
             self._check_length(request, 0)
             lease.storage.flush()
             return b""
+        if op not in (frames.SWAP, frames.ADD):
+            raise failure.of("INVALID", "no such operation")
         check_right(lease, "read")
         return self._change_word(lease, request, payload)
 
@@ -227,14 +251,24 @@ class Work:
             at += length
         return b""
 
-    def _pieces(self, held: Held, request: Request) -> Iterator[bytes]:
+    def _pieces(self, held: Held, request: Request) -> Iterator[bytes | memoryview]:
         """Each between two looks of its own, and not in flight when it is given out."""
         offset, end = request[OFFSET], request[OFFSET] + request[COUNT]
         storage = held.lease.storage
         for at in range(offset, end, PIECE_BYTES):
             with self._one_run(held):
-                piece = read_from(storage, at, min(PIECE_BYTES, end - at))
+                piece = self._piece(storage, at, min(PIECE_BYTES, end - at))
             yield piece
+
+    def _piece(self, storage: Storage, offset: int, length: int) -> bytes | memoryview:
+        if not isinstance(storage, MemoryStorage):
+            return read_from(storage, offset, length)
+        if self._scratch is None:
+            self._scratch = memoryview(bytearray(PIECE_BYTES))
+        view = self._scratch[:length]
+        storage.read_into(offset, view)
+        fault("front.read")
+        return view
 
     def _write_large(self, held: Held, request: Request, payload: memoryview) -> bytes:
         count, offset, lease = request[COUNT], request[OFFSET], held.lease

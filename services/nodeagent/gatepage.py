@@ -238,14 +238,15 @@ class Watch:
     """
 
     __slots__ = (
-        "_control", "_deadline_ns", "_named", "_page", "_seen_control", "_seen_warden", "_warden",
-        "_words",
+        "_control", "_deadline_ns", "_front", "_lock", "_named", "_page", "_seen_control",
+        "_seen_warden", "_warden", "_words",
     )  # fmt: skip
 
     def __init__(self, page: GatePage, slot: int, lease_id: bytes, epoch: int) -> None:
         self._page, self._words = page, page._words
         self._named = (slot, lease_id, epoch)
         self._control, self._warden = page._cell(slot, _CONTROL), page._cell(slot, _WARDEN)
+        self._front, self._lock = page._cell(slot, _FRONT), page._lock
         self._seen_control = self._seen_warden = -1
         self._deadline_ns = 0
 
@@ -260,6 +261,16 @@ class Watch:
         ):
             return now_ns < self._deadline_ns
         return self._look(now_ns)
+
+    def enter(self) -> None:
+        """As `GatePage.enter`."""
+        with self._lock:
+            self._words[self._front] += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            failure.invariant(self._words[self._front] > 0, "more operations left than entered")
+            self._words[self._front] -= 1
 
     def _look(self, now_ns: int) -> bool:
         page, (slot, lease_id, epoch) = self._page, self._named

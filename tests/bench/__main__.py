@@ -22,6 +22,9 @@ from grafos import FabricError
 from tests.bench import (
     acquire_rate,
     blocks,
+    data_port_64,
+    data_port_bulk,
+    data_port_pipeline,
     far_reads,
     lease_cycle,
     read_64,
@@ -36,7 +39,17 @@ from tests.bench.place import Place, WrongPlaceError, open_place
 FOLDER: Final = Path(__file__).resolve().parents[2] / "build" / "bench"
 ROWS: Final[dict[str, tuple[str, Callable[[Bench, Result], None]]]] = {
     row.NAME: (row.WHAT, row.run)
-    for row in (lease_cycle, read_64, reclaim, acquire_rate, far_reads, blocks)
+    for row in (
+        lease_cycle,
+        read_64,
+        reclaim,
+        acquire_rate,
+        far_reads,
+        blocks,
+        data_port_64,
+        data_port_pipeline,
+        data_port_bulk,
+    )
 }
 
 

@@ -35,13 +35,14 @@ def run(bench: Bench, result: Result) -> None:
 
 
 def reads(ends: ExitStack, fabric: Fabric) -> Callable[[int], Mapping[str, Sequence[float]]]:
-    """Of a lease of its own, without its descriptor: so the handle asks the node."""
+    """Of a lease of its own, without descriptor and data port: so the handle calls the node."""
     lease = ends.enter_context(
         MemBuilder().min_bytes(4096).lease_secs(600).fabric(fabric).acquire()
     )
     memory = lease.mem()
     memory.write(0, VALUE)
     lease._let_go()
+    lease._grip.node._port = None
     if memory.path != "rpc":
         raise AssertionError("the reads would not cross the wire")
     return each_timed(lambda: memory.read(0, 64))

@@ -249,6 +249,32 @@ def redis_server(place: Place) -> Generator[Redis]:
                 client.close()
 
 
+@contextmanager
+def redis_over_tls(place: Place) -> Generator[Redis]:
+    """One server on loopback under mutual TLS, without persistence."""
+    folder = place.make("redis-tls")
+    papers = certificates.make(folder)
+    (port,) = free_ports(1)
+    command = [
+        "redis-server", "--port", "0", "--tls-port", str(port), "--bind", "127.0.0.1",
+        "--tls-cert-file", str(papers.server.certificate), "--tls-key-file", str(papers.server.key),
+        "--tls-ca-cert-file", str(papers.root), "--tls-auth-clients", "yes",
+        "--save", "", "--appendonly", "no", "--dir", str(folder), "--daemonize", "no",
+    ]  # fmt: skip
+    log = folder / "log"
+    with running(command, log) as process:
+        client = redis.Redis(
+            host="127.0.0.1", port=port, ssl=True, socket_timeout=CALL_S_MAX,
+            ssl_certfile=str(papers.client.certificate), ssl_keyfile=str(papers.client.key),
+            ssl_ca_certs=str(papers.root),
+        )  # fmt: skip
+        try:
+            await_up(process, log, lambda: _pings(client))
+            yield Redis(process.pid, client)
+        finally:
+            client.close()
+
+
 def _pings(client: redis.Redis) -> bool:
     try:
         return bool(client.ping())

@@ -21,6 +21,7 @@ from grafos_core import failure
 from grafos_core.failure import Disconnected, LeaseExpired
 from grafos_core.spiffe import Identity, Role
 from grafos_proto.wire import word
+from services.nodeagent.datapath import MemoryStorage
 from services.nodeagent.dataport import DataPort as NodePort
 from services.nodeagent.dataport import Terms
 from services.runtime.clock import SYSTEM
@@ -165,34 +166,38 @@ class TestTheEnd:
         far.mem().write(0, b"secret")
         opened = world.table.opened(far.lease_id)
         assert opened is not None
-        real, reads = opened.storage.read, [0]
+        assert isinstance(opened.storage, MemoryStorage)
+        reads = [0]
 
-        def read(offset: int, length: int) -> bytes:
-            reads[0] += 1
-            if reads[0] == 40:
-                world.control.end(far.lease_id, failure.of("REVOKED"))
-                return b"secret"[:length]
-            return real(offset, length)
+        class Ending(MemoryStorage):
+            def read(self, offset: int, length: int) -> bytes:
+                reads[0] += 1
+                if reads[0] == 40:
+                    world.control.end(far.lease_id, failure.of("REVOKED"))
+                    return b"secret"[:length]
+                return super().read(offset, length)
 
-        monkeypatch.setattr(opened.storage, "read", read)
+        monkeypatch.setattr(opened, "storage", Ending(opened.storage.descriptor))
         with pytest.raises(Revoked):
             port_of(far).pipelined(far.lease_id, far.epoch, [(0, 6)] * 64, timeout_ms=5_000)
         with pytest.raises(Revoked):
             far.mem().read(0, 6)
 
-    def test_a_buffer_that_was_half_filled_is_emptied(self, world: World, far: MemLease) -> None:
+    def test_a_buffer_that_was_half_filled_is_emptied(
+        self, world: World, far: MemLease, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         far.mem().write(0, b"secret" * 100_000)
         opened = world.table.opened(far.lease_id)
         assert opened is not None
-        real, reads = opened.storage.read, [0]
+        real, reads = opened.storage.read_into, [0]  # type: ignore[attr-defined]
 
-        def read(offset: int, length: int) -> bytes:
+        def read_into(offset: int, view: memoryview) -> None:
+            real(offset, view)
             reads[0] += 1
             if reads[0] == 2:
                 world.control.end(far.lease_id, failure.of("LEASE_EXPIRED"))
-            return real(offset, length) or bytes(length)
 
-        opened.storage.read = read  # type: ignore[method-assign]
+        monkeypatch.setattr(opened.storage, "read_into", read_into)
         buffer = bytearray(b"?" * 600_000)
         with pytest.raises(LeaseExpired):
             far.mem().readinto(0, buffer)
@@ -258,7 +263,7 @@ class TestWithoutThePort:
         path = str(world.handover_path.with_name("d.sock"))
         port = DataPort(connect_unix(path, lambda: holder, who))
         with pytest.raises(PortDown):
-            port.read("ab" * 16, 1, offset=0, length=1, timeout_ms=2_000)
+            port.read("ab" * 16, 1, 0, 1, 2_000)
         assert not port.is_up
         port.close()
 

@@ -68,6 +68,10 @@ class Shelf(MemoryStorage):
         self.meanwhile()
         return data
 
+    def read_into(self, offset: int, view: memoryview) -> None:
+        super().read_into(offset, view)
+        self.meanwhile()
+
     def write(self, offset: int, data: bytes | memoryview) -> None:
         super().write(offset, data)
         self.meanwhile()

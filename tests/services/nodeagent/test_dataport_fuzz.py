@@ -30,7 +30,7 @@ class Script:
         self.said = bytearray()
         self.closed = False
 
-    def receive(self, room: memoryview) -> int:
+    def receive(self, room: memoryview, *, whole: bool = False) -> int:
         if not self._pieces:
             return 0
         piece = self._pieces.pop(0)
