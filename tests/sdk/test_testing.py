@@ -122,6 +122,21 @@ def test_a_renewal_moves_the_deadline_and_each_way_of_renewing_works(two: Virtua
         each.release()
 
 
+def test_what_renews_itself_lives_however_far_time_is_advanced(two: VirtualFabric) -> None:
+    lease = page().lease_secs(10).auto_renew().acquire()
+    two.advance(3_600)
+    lease.mem().write(0, b"x")
+    assert lease.generation > 300
+    lease.release()
+
+
+def test_each_end_comes_at_its_own_instant(two: VirtualFabric) -> None:
+    began_ms = two.now_ms
+    held = [page().lease_secs(seconds).acquire() for seconds in (7, 3, 5)]
+    two.advance(60)
+    assert [each.release().begin_ms - began_ms for each in held] == [7_000, 3_000, 5_000]
+
+
 def test_a_day_is_over_in_no_time_and_nothing_is_passed_over(two: VirtualFabric) -> None:
     lease = page().lease_secs(86_400).acquire()
     two.advance(86_000)

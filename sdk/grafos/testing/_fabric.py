@@ -390,6 +390,7 @@ class VirtualFabric:
         all_are_heard = all(agent.hears_control for agent in agents)
         wall_ms = self._control.next_ms(all_are_heard=all_are_heard)
         due = [each.next_ms() for each in agents]
+        due += [each.next_ms() for each in self._connections]
         if wall_ms is not None:
             due.append(wall_ms - TIME.now_ms + TIME.boot_ms)
         return min((at_ms for at_ms in due if at_ms is not None), default=None)

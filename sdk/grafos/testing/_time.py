@@ -87,6 +87,11 @@ class VirtualTime:
 
     def step(self, until_ns: int) -> None:
         """To the next instant at which something is due, and no further than `until_ns`."""
+        self._beat()
+        self._wake(until_ns)
+        self._beat()
+
+    def _wake(self, until_ns: int) -> None:
         with self.lock:
             due = [at_ms for world in self._worlds if (at_ms := world.next_ms()) is not None]
             # What is due and does not become undone must not stop the clock.
@@ -114,7 +119,6 @@ class VirtualTime:
     def _go_on_to(self, until_ns: int) -> None:
         while True:
             self.step(until_ns)
-            self._beat()
             if self._boot_ns >= until_ns:
                 return
 

@@ -27,7 +27,7 @@ from grafos._connection import Fabric
 from grafos._lease import Lease
 from grafos._node import NodeLine
 from grafos._notice import Notice, Tell
-from grafos._pulse import Pulse
+from grafos._pulse import BEAT_MS_MAX, BEAT_MS_MIN, Pulse
 from grafos.testing._agent import Agent, session_of
 from grafos.testing._control import Caller, Control
 from grafos.testing._device import BLOCK_BYTES
@@ -312,7 +312,10 @@ class NearPulse(Pulse):
             wait_ms = self._beat()
         finally:
             self._in_beat = False
-        self.due_ms = _clock.boot_ms() + wait_ms
+        if not self._listening:  # nothing else wakes a thread that only renews
+            waits = [lease._timeout_ms() for lease in list(self._leases)]
+            wait_ms = min((each for each in waits if each is not None), default=BEAT_MS_MAX)
+        self.due_ms = _clock.boot_ms() + max(BEAT_MS_MIN, wait_ms)
 
 
 class NearFabric(Fabric):
@@ -338,6 +341,11 @@ class NearFabric(Fabric):
 
     def beat(self) -> None:
         self._pulse.beat()
+
+    def next_ms(self) -> int | None:
+        """When the SDK's own thread would wake; None while it does not run, or is at it."""
+        pulse = self._pulse
+        return pulse.due_ms if pulse.is_on and pulse.due_ms > _clock.boot_ms() else None
 
     def sessions(self) -> list[tuple[str, Agent]]:
         """The sessions by the names that nodes have for them."""
