@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 PROTO_FILES := $(wildcard protos/grafos_proto/v1/*.proto)
 # What `make test` leaves out: marked tests that have a target of their own.
 DESELECTED := not slow and not bench and not chaos
+# Tests side by side: most wait for deadlines and for processes, so three keep two cores busy.
+JOBS ?= 3
 # Passed on to pytest: make test ARGS="-k lessor -x"
 ARGS ?=
 N ?= 200
@@ -30,7 +32,7 @@ demo: venv ## a local cluster with real data and real failures, explained as it 
 
 .PHONY: test
 test: setup ## the whole default suite
-	@$(PY) -m pytest -q -m "$(DESELECTED)" $(ARGS)
+	@$(PY) -m pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "$(DESELECTED)" $(ARGS)
 
 .PHONY: lint
 lint: venv ## style, types, import contracts

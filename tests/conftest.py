@@ -1,4 +1,7 @@
-"""What every test shares: how needs of the machine are met, and repeatable random inputs."""
+"""What every test shares: how needs of the machine are met, repeatable random inputs, and how the
+tests are dealt out to processes that run side by side."""
+
+from typing import Final
 
 import pytest
 from hypothesis import settings
@@ -10,6 +13,19 @@ add_system_path()
 # The same inputs on every machine and every run: a red suite must be red again when repeated.
 settings.register_profile("grafos", derandomize=True, deadline=None, database=None)
 settings.load_profile("grafos")
+
+
+LONG: Final = ("tests/integration/test_kill_episodes.py", "tests/sim/test_sim.py")
+"""Their tests take half a minute each and share nothing: dealt out one by one, and first. The tests
+of any other file stay together, since they share what it has started."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    for item in items:
+        group = item.nodeid if item.nodeid.startswith(LONG) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -58,9 +58,15 @@ def write(root: Path, files: dict[str, str]) -> list[tidy.File]:
     return tidy.committed(root)
 
 
+@pytest.fixture(scope="module")
+def repository() -> list[tidy.File]:
+    """Read and parsed once for all rules."""
+    return tidy.committed(ROOT)
+
+
 @pytest.mark.parametrize("rule", tidy.RULES, ids=lambda rule: rule.name)
-def test_the_repository_keeps_the_rule(rule: tidy.Rule) -> None:
-    found = tidy.complaints(rule, tidy.committed(ROOT))
+def test_the_repository_keeps_the_rule(rule: tidy.Rule, repository: list[tidy.File]) -> None:
+    found = tidy.complaints(rule, repository)
     assert not found, "\n" + "\n".join(found)
 
 
