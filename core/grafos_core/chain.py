@@ -55,6 +55,8 @@ class EventKind(enum.StrEnum):
     LEASE_RENEWED = "lease.renewed"
     LEASE_ATTACHED = "lease.attached"
     LEASE_ENDING = "lease.ending"
+    LEASE_SIGNED = "lease.signed"
+    """Its token was signed once more, by another key."""
     LEASE_REVOKE_SOONER = "lease.revoke_sooner"
     LEASE_REVOKING = "lease.revoking"
     """What its node has told of a revocation that is under way."""
@@ -71,6 +73,7 @@ class EventKind(enum.StrEnum):
     NODE_FORGOTTEN = "node.forgotten"
     TENANT_QUOTA = "tenant.quota"
     KEY_PUBLISHED = "key.published"
+    KEY_REVOKED = "key.revoked"
 
     AGENT_FORMATTED = "agent.formatted"
     AGENT_STARTED = "agent.started"

@@ -39,6 +39,8 @@ class Grant:
     bind_within_ms: int
     policy: Policy = field(default_factory=Policy)
     decision: str = ""
+    key_id: str = ""
+    """With which the token will be signed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Attach:
     holder: str
     holder_key: str
     bind_within_ms: int
+    key_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class Renew:
     ttl_ms: int | None
     tenant: TenantId
     holder: str
+    key_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +158,15 @@ class PublishKey:
 
 
 @dataclass(frozen=True, slots=True)
+class RevokeKey:
+    """Nothing that this key signs counts any more; whoever orders it ends the leases, too."""
+
+    key_id: str
+    reason: str
+    operator: str
+
+
+@dataclass(frozen=True, slots=True)
 class LiveLease:
     lease_id: LeaseId
     epoch: int
@@ -188,7 +201,7 @@ class SetMode:
 
 Command = (
     Grant | Attach | Renew | End | ReportBound | Credit | Burn | ClearFence | SetQuota
-    | ForgetNode | Refusal | PublishKey | Register | SetMode
+    | ForgetNode | Refusal | PublishKey | RevokeKey | Register | SetMode
 )  # fmt: skip
 
 

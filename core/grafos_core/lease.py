@@ -49,6 +49,8 @@ AMOUNT_MAX: Final = 2**62
 BLOCK_BYTES: Final = 4096
 """Unit of block leases; amounts of other kinds are bytes, cores per mille or bits per second."""
 RECONNECT_MS_DEFAULT: Final = 5_000
+KEY_IDS_MAX: Final = 8
+"""Keys are changed by the month; a lease that has seen more was renewed for most of a year."""
 PAGE_BYTES: Final = 4096
 """Granule of leases that are counted in bytes."""
 
@@ -121,6 +123,17 @@ class Isolation(enum.StrEnum):
 class OnHolderExit(enum.StrEnum):
     RELEASE = "release"
     KEEP = "keep"
+
+
+class OnDisconnect(enum.StrEnum):
+    """What follows when a holder's connection is lost while its process may live."""
+
+    GRACE = "grace"
+    """It has `reconnect_ms` to come back."""
+    RELEASE = "release"
+    """The lease ends at once."""
+    KEEP = "keep"
+    """Nothing: the lease lives to its deadline, or to the end of the process."""
 
 
 TRANSITIONS: Final[Mapping[LeaseState | None, frozenset[LeaseState]]] = {
@@ -212,13 +225,14 @@ class Policy:
 
     on_holder_exit: OnHolderExit = OnHolderExit.RELEASE
     reconnect_ms: int = RECONNECT_MS_DEFAULT
-    """How long a lost connection of a remote holder may stay lost."""
+    """How long a lost connection may stay lost, with `on_disconnect` grace."""
     stop_after_ms: int | None = None
     """None: a lease outlives the control plane's absence to its deadline; else it ends after it."""
     isolation: Isolation = Isolation.NONE
     scrub: bool = False
     """Overwrite with zeros before the pages are given back."""
     priority: Priority = Priority.STANDARD
+    on_disconnect: OnDisconnect = OnDisconnect.GRACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +272,8 @@ class Lease:
     grace_ms: int = 0
     """From then on."""
     unconfirmed: bool = False
+    key_ids: tuple[str, ...] = ()
+    """Of the keys that signed tokens of it, each once, the latest last."""
     fence_cause: str = ""
     fence_evidence: Mapping[str, Any] = field(default_factory=dict)
     fenced_at_ms: int | None = None
@@ -273,6 +289,13 @@ class Lease:
     def staged(self) -> Lease:
         """With the stage that its state and cause say."""
         return self.at_stage(self._reached())
+
+    def signed_by(self, key_id: str) -> Lease:
+        """With one key more that signed a token of it; the oldest give way."""
+        if not key_id or key_id in self.key_ids[-1:]:
+            return self
+        others = tuple(each for each in self.key_ids if each != key_id)
+        return replace(self, key_ids=(*others, key_id)[-KEY_IDS_MAX:])
 
     def at_stage(self, stage: RevokeStage) -> Lease:
         """With a stage that it has reached by now."""

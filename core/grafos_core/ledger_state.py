@@ -27,6 +27,7 @@ from grafos_core.lease import (
     LeaseId,
     LeaseState,
     NodeId,
+    OnDisconnect,
     OnHolderExit,
     Policy,
     Priority,
@@ -82,6 +83,8 @@ class LedgerState:
         self.nodes: dict[NodeId, Node] = {}
         self.quotas = QuotaBook(default_limit)
         self.keys: dict[str, PublishedKey] = {}
+        self.revoked_keys: set[str] = set()
+        """Never published again: a key id is the key's own hash."""
         self.requests: dict[tuple[TenantId, str], LeaseId] = {}
         """Of each lease the grant's request and the latest one that changed it. By tenant, so that
         nobody's choice of a request id can stand in another's way."""
@@ -99,6 +102,7 @@ class LedgerState:
             "lease.bound": self._bound,
             "lease.renewed": self._renewed,
             "lease.attached": self._attached,
+            "lease.signed": self._signed,
             "lease.ending": self._ending,
             "lease.revoke_sooner": self._sooner,
             "lease.revoking": self._revoking,
@@ -112,6 +116,7 @@ class LedgerState:
             "node.forgotten": self._forgotten,
             "tenant.quota": self._quota,
             "key.published": self._key,
+            "key.revoked": lambda event: self.revoked_keys.add(event.body["key_id"]),
         }
 
     # queries
@@ -173,7 +178,7 @@ class LedgerState:
         failure.invariant(body["generation"] > lease.generation, "the generation does not rise")
         self.leases[lease.lease_id] = replace(
             lease, end_ms=body["end_ms"], ttl_ms=body["ttl_ms"], generation=body["generation"]
-        )
+        ).signed_by(body.get("key_id", ""))
         self._remember(lease, body["request_id"])
 
     def _attached(self, event: Event) -> None:
@@ -183,9 +188,13 @@ class LedgerState:
             replace(
                 lease, holder=body["holder"], holder_key=body["holder_key"],
                 generation=body["generation"], bind_by_ms=body["bind_by_ms"],
-            )
+            ).signed_by(body.get("key_id", ""))
         )  # fmt: skip
         self._remember(lease, body["request_id"])
+
+    def _signed(self, event: Event) -> None:
+        lease = self._lease(event)
+        self.leases[lease.lease_id] = lease.signed_by(event.body["key_id"])
 
     def _ending(self, event: Event) -> None:
         lease, body = self._lease(event), event.body
@@ -393,7 +402,9 @@ def lease_to_body(lease: Lease) -> dict[str, Any]:
             "on_holder_exit": policy.on_holder_exit.value, "reconnect_ms": policy.reconnect_ms,
             "stop_after_ms": policy.stop_after_ms, "isolation": policy.isolation.value,
             "scrub": policy.scrub, "priority": policy.priority.value,
+            "on_disconnect": policy.on_disconnect.value,
         },
+        "key_ids": list(lease.key_ids),
     }  # fmt: skip
 
 
@@ -412,5 +423,7 @@ def lease_from_body(lease_id: str, epoch: int, body: Mapping[str, Any]) -> Lease
             reconnect_ms=policy["reconnect_ms"], stop_after_ms=policy["stop_after_ms"],
             isolation=Isolation(policy["isolation"]), scrub=policy["scrub"],
             priority=Priority(policy["priority"]),
+            on_disconnect=OnDisconnect(policy.get("on_disconnect", OnDisconnect.GRACE)),
         ),
+        key_ids=tuple(body.get("key_ids", ())),
     )  # fmt: skip

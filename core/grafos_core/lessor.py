@@ -38,6 +38,7 @@ from grafos_core.commands import (
     Register,
     Renew,
     ReportBound,
+    RevokeKey,
     SetMode,
     SetQuota,
     Step,
@@ -73,6 +74,7 @@ EVIDENCE_MS_MAX: Final = 3_000
 REASON_CHARS_MAX: Final = 256
 CLEAR_ORDER_MS: Final = 60_000
 GRACE_MS_MAX: Final = 600_000
+KEY_CHANGE_MS: Final = 250
 NODE_MODES: Final[Mapping[str, frozenset[str]]] = {
     "accepting": frozenset({"draining", "fence_lost"}),
     "draining": frozenset({"drained", "accepting", "fence_lost"}),
@@ -129,7 +131,7 @@ class Lessor:
             ReportBound: self._report_bound, Credit: self._credit, Burn: self._burn,
             ClearFence: self._clear, SetQuota: self._set_quota, ForgetNode: self._forget,
             Refusal: self._refusal, PublishKey: self._publish_key, Register: self._register,
-            SetMode: self._set_mode,
+            SetMode: self._set_mode, RevokeKey: self._revoke_key,
         }  # fmt: skip
 
     # input
@@ -236,8 +238,7 @@ class Lessor:
         check_request_id(ask.request_id)
         known = self.state.requests.get((ask.tenant, ask.request_id))
         if known is not None:
-            lease = self._own(known, ask.tenant, ask.holder)
-            return Step(lease=lease)
+            return self._again(self._own(known, ask.tenant, ask.holder), ask.key_id, now_ms)
         self._check_shape(ask)
         node = self._check_node(ask, now_ms)
         offset = node.books[ask.kind].find(ask.amount)
@@ -251,8 +252,18 @@ class Lessor:
         event = Event("lease.granted", now_ms, lease.lease_id, lease.epoch, body)
         return self._commit(event, lease_id=lease.lease_id)
 
+    def _again(self, lease: Lease, key_id: str, now_ms: int) -> Step:
+        """A request that was answered before; its new token may be signed by another key."""
+        self._check_signer(key_id)
+        if lease.signed_by(key_id) is lease or lease.state not in USABLE:
+            return Step(lease=lease)
+        body = {"key_id": key_id}
+        event = Event("lease.signed", now_ms, lease.lease_id, lease.epoch, body)
+        return self._commit(event, lease_id=lease.lease_id)
+
     def _check_shape(self, ask: Grant) -> None:
         check_lease_id(ask.lease_id)
+        self._check_signer(ask.key_id)
         spiffe.check_identifier(ask.tenant, what="tenant")
         check_ttl(ask.ttl_ms)
         if self.state.find(ask.lease_id) is not None:
@@ -302,14 +313,16 @@ class Lessor:
             generation=1, ttl_ms=ask.ttl_ms, granted_at_ms=now_ms, end_ms=end_ms,
             lifetime_end_ms=lifetime_end_ms,
             bind_by_ms=min(now_ms + ask.bind_within_ms, end_ms), policy=ask.policy,
+            key_ids=(ask.key_id,) if ask.key_id else (),
         )  # fmt: skip
 
     def _renew(self, ask: Renew, now_ms: int) -> Step:
         check_request_id(ask.request_id)
         lease = self._own(ask.lease_id, ask.tenant, ask.holder)
         if self.state.requests.get((lease.tenant, ask.request_id)) == lease.lease_id:
-            return Step(lease=lease)
+            return self._again(lease, ask.key_id, now_ms)
         self._check_usable(lease, now_ms)
+        self._check_signer(ask.key_id)
         ttl_ms = check_ttl(ask.ttl_ms if ask.ttl_ms is not None else lease.ttl_ms)
         end_ms = max(lease.end_ms, now_ms + ttl_ms)
         if lease.lifetime_end_ms is not None:
@@ -317,7 +330,7 @@ class Lessor:
                 raise failure.of("LIFETIME", lease_id=lease.lease_id, epoch=lease.epoch)
             end_ms = min(end_ms, lease.lifetime_end_ms)
         body = {"end_ms": end_ms, "ttl_ms": ttl_ms, "generation": lease.generation + 1,
-                "request_id": ask.request_id}  # fmt: skip
+                "request_id": ask.request_id, "key_id": ask.key_id}  # fmt: skip
         event = Event("lease.renewed", now_ms, lease.lease_id, lease.epoch, body)
         return self._commit(event, lease_id=lease.lease_id)
 
@@ -325,14 +338,15 @@ class Lessor:
         check_request_id(ask.request_id)
         lease = self._own(ask.lease_id, ask.tenant, ask.holder)
         if self.state.requests.get((lease.tenant, ask.request_id)) == lease.lease_id:
-            return Step(lease=lease)
+            return self._again(lease, ask.key_id, now_ms)
         self._check_usable(lease, now_ms)
+        self._check_signer(ask.key_id)
         if not 0 < ask.bind_within_ms <= TOKEN_MS_MAX:
             raise failure.of("RANGE", f"bind_within_ms: 1 to {TOKEN_MS_MAX}")
         bind_by_ms = min(max(lease.bind_by_ms, now_ms + ask.bind_within_ms), lease.end_ms)
         body = {"generation": lease.generation + 1, "holder": ask.holder,
                 "holder_key": ask.holder_key, "bind_by_ms": bind_by_ms,
-                "request_id": ask.request_id}  # fmt: skip
+                "request_id": ask.request_id, "key_id": ask.key_id}  # fmt: skip
         event = Event("lease.attached", now_ms, lease.lease_id, lease.epoch, body)
         return self._commit(event, lease_id=lease.lease_id)
 
@@ -454,8 +468,25 @@ class Lessor:
             return Step()
         return self._commit(_key_event(ask.key, now_ms))
 
+    def _revoke_key(self, ask: RevokeKey, now_ms: int) -> Step:
+        known = self.state.keys.get(ask.key_id)
+        if known is None or known.use != "lease":
+            raise failure.of("NOT_FOUND", "no key of this id signs tokens")
+        if ask.key_id in self.state.revoked_keys:
+            return Step()
+        body = {"key_id": ask.key_id, "owner": known.owner, "operator": ask.operator,
+                "reason": ask.reason[:REASON_CHARS_MAX]}  # fmt: skip
+        return self._commit(Event("key.revoked", now_ms, body=body))
+
+    def _check_signer(self, key_id: str) -> None:
+        if key_id in self.state.revoked_keys:
+            why = "the key that would sign its token is revoked; another is being made"
+            raise failure.of("RETRY_LATER", why, retry_after_ms=KEY_CHANGE_MS)
+
     def _check_key(self, key: PublishedKey) -> None:
         """What somebody published is theirs: who knows a public key cannot claim it."""
+        if key.key_id in self.state.revoked_keys:
+            raise failure.of("PRECONDITION", "the key is revoked; make another")
         known = self.state.keys.get(key.key_id)
         theirs = (key.public_key, key.owner, key.use)
         if known is not None and theirs != (known.public_key, known.owner, known.use):

@@ -30,7 +30,7 @@ from grafos_core.chain import EventKind
 from grafos_core.epochs import EpochWindow
 from grafos_core.failure import FabricError, invariant
 from grafos_core.gate import refused
-from grafos_core.lease import EndCause, Kind, LeaseId, OnHolderExit
+from grafos_core.lease import EndCause, Kind, LeaseId, OnDisconnect, OnHolderExit
 from grafos_core.node_effects import (
     Answer,
     Bound,
@@ -487,10 +487,15 @@ class NodeCore(Orders):
         return effects
 
     def session_lost(self, session: str, now: Instant) -> list[Effect]:
-        """The holder's connection is gone; it may come back."""
+        """The holder's connection is gone; whether it may come back is its lease's policy."""
         effects = self.tick(now)
         for lease in self._of_session(session):
-            self._await_return(lease, now)
+            at_once = lease.facts.policy.on_disconnect is OnDisconnect.RELEASE
+            if at_once and not lease.keep:
+                why = "the holder's connection is gone"
+                effects += self._end(lease, EndCause.DISCONNECTED, why, now)
+            else:
+                self._await_return(lease, now)
         return effects
 
     def session_back(self, session: str, now: Instant) -> list[Effect]:

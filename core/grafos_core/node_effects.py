@@ -21,6 +21,7 @@ from grafos_core.lease import (
     Isolation,
     Kind,
     LeaseId,
+    OnDisconnect,
     OnHolderExit,
     Policy,
     Priority,
@@ -83,6 +84,7 @@ class BoundFacts:
             "on_holder_exit": policy.on_holder_exit.value, "reconnect_ms": policy.reconnect_ms,
             "stop_after_ms": policy.stop_after_ms, "isolation": policy.isolation.value,
             "scrub": policy.scrub, "priority": policy.priority.value,
+            "on_disconnect": policy.on_disconnect.value,
         }  # fmt: skip
 
     @classmethod
@@ -90,6 +92,7 @@ class BoundFacts:
         policy = Policy(
             OnHolderExit(body["on_holder_exit"]), body["reconnect_ms"], body["stop_after_ms"],
             Isolation(body["isolation"]), body["scrub"], Priority(body["priority"]),
+            OnDisconnect(body.get("on_disconnect", OnDisconnect.GRACE)),
         )  # fmt: skip
         return cls(
             LeaseId(lease_id), Kind(body["kind"]), epoch, body["generation"], body["amount"],

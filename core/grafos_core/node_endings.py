@@ -29,6 +29,7 @@ from grafos_core.lease import (
     EndCause,
     Kind,
     LeaseId,
+    OnDisconnect,
     Policy,
     RevokeStage,
     rate_margin_ms,
@@ -468,10 +469,11 @@ class Endings:
         return effects
 
     def _await_return(self, lease: NodeLease, now: Instant) -> None:
-        """The holder's connection is lost: it has its policy's time to come back."""
-        wake = (lease.lease_id, Wake.RECONNECT)
-        if not lease.keep and wake not in self._timers:
-            self._timers.set(wake, now.boot_ms + lease.facts.policy.reconnect_ms)
+        """The holder's connection is lost, by our doing or its own: it has time to come back."""
+        wake, policy = (lease.lease_id, Wake.RECONNECT), lease.facts.policy
+        keep = lease.keep or policy.on_disconnect is OnDisconnect.KEEP
+        if not keep and wake not in self._timers:
+            self._timers.set(wake, now.boot_ms + policy.reconnect_ms)
 
     # Sealed, fenced, credited
 

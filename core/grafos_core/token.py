@@ -31,6 +31,7 @@ from grafos_core.lease import (
     TTL_MS_MIN,
     Isolation,
     Kind,
+    OnDisconnect,
     OnHolderExit,
     Policy,
     Priority,
@@ -93,8 +94,11 @@ _CLAIMS: Final = frozenset(
     }
 )  # fmt: skip
 _POLICY: Final = frozenset(
-    {"isolation", "on_holder_exit", "priority", "reconnect_ms", "scrub", "stop_after_ms"}
-)
+    {
+        "isolation", "on_disconnect", "on_holder_exit", "priority", "reconnect_ms", "scrub",
+        "stop_after_ms",
+    }
+)  # fmt: skip
 
 
 def slice_name(kind: Kind) -> frozenset[str]:
@@ -172,6 +176,7 @@ class LeaseToken:
             "lifetime_end_ms": self.lifetime_end_ms,
             "policy": {
                 "isolation": self.policy.isolation.value,
+                "on_disconnect": self.policy.on_disconnect.value,
                 "on_holder_exit": self.policy.on_holder_exit.value,
                 "priority": self.policy.priority.value,
                 "reconnect_ms": self.policy.reconnect_ms,
@@ -244,6 +249,7 @@ def _read_policy(claims: Mapping[str, Any]) -> Policy:
             isolation=Isolation(claims["isolation"]),
             scrub=jws.flag(claims, "scrub"),
             priority=Priority(claims["priority"]),
+            on_disconnect=OnDisconnect(claims["on_disconnect"]),
         )
     except ValueError:
         jws.refuse("TOKEN_CLAIM", "policy")

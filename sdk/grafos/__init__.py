@@ -22,6 +22,7 @@ from grafos._lease import Lease, LeaseStatus
 from grafos._memory import FabricMem, MemBuilder, MemLease
 from grafos._notice import Notice
 from grafos._receipt import TeardownReceipt
+from grafos._revocation import Revocation
 from grafos_core.failure import (
     DeadlineExceeded,
     Degraded,
@@ -63,6 +64,7 @@ __all__ = [
     "MemLease",
     "Notice",
     "RateLimited",
+    "Revocation",
     "Revoked",
     "TeardownReceipt",
     "connect",

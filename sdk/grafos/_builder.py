@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NoReturn, Self,
 
 from grafos._lease import Lease, duration_ms, not_there_yet
 from grafos_core import failure
-from grafos_core.lease import AMOUNT_MAX, TTL_MS_MAX, TTL_MS_MIN, check_lease_id
+from grafos_core.lease import (
+    AMOUNT_MAX,
+    TTL_MS_MAX,
+    TTL_MS_MIN,
+    OnDisconnect,
+    check_lease_id,
+)
 
 if TYPE_CHECKING:
     from grafos._connection import Fabric
@@ -23,13 +29,14 @@ if TYPE_CHECKING:
 
     Source: TypeAlias = Fabric | LocalFabric | VirtualFabric
 
+RECONNECT_MS_MAX: Final = 600_000
 WAIT_MS_MAX: Final = 600_000
 LABELS_MAX: Final = 16
 LATER: Final = frozenset(
     {
         "anti_affinity", "durable", "huge_pages", "isolation", "lifetime", "min_bandwidth",
-        "min_cores", "min_vram", "numa_node", "on_disconnect", "priority", "reconnect", "scrub",
-        "share", "stop_after", "to",
+        "min_cores", "min_vram", "numa_node", "priority", "reconnect", "scrub", "share",
+        "stop_after", "to",
     }
 )  # fmt: skip
 """Options of later versions."""
@@ -48,6 +55,9 @@ class Request:
     wait_ms: int | None = None
     where: Mapping[str, str] = field(default_factory=dict)
     keep: bool = False
+    on_disconnect: str = ""
+    """`release`, `keep` or `grace`; empty: the fabric's default."""
+    reconnect_ms: int = 0
     auto_renew: bool = False
 
 
@@ -128,6 +138,23 @@ class Builder(Generic[L]):
     def keep(self) -> Self:
         """The lease outlives this process, to its deadline; `attach` can take it up."""
         return self._with(keep=True)
+
+    def on_disconnect(self, what: str | float | timedelta) -> Self:
+        """What follows when the node loses sight of this process though it may live.
+
+        Args:
+            what: `"release"`, the lease ends at once; `"keep"`, it lives to its deadline; or how
+                many seconds there are to come back, above 0 and at most 600. By default it is 5 s.
+                The end of the process is another matter: see `keep()`.
+        """
+        if isinstance(what, str):
+            if what not in (OnDisconnect.RELEASE, OnDisconnect.KEEP):
+                raise failure.of("INVALID", "on_disconnect: 'release', 'keep', or seconds")
+            return self._with(on_disconnect=what, reconnect_ms=0)
+        grace_ms = duration_ms(what, "on_disconnect")
+        if not 0 < grace_ms <= RECONNECT_MS_MAX:
+            raise failure.of("RANGE", f"on_disconnect: up to {RECONNECT_MS_MAX // 1000} s")
+        return self._with(on_disconnect=OnDisconnect.GRACE.value, reconnect_ms=grace_ms)
 
     def auto_renew(self) -> Self:
         """Renew it in the background, from the SDK's one thread, as long as somebody holds it."""

@@ -31,6 +31,7 @@ from grafos._node import NodeLine
 from grafos._notice import Notice
 from grafos._pulse import Pulse
 from grafos._receipt import NodeKey, TeardownReceipt, from_slip
+from grafos._revocation import Revocation, revoke_chosen, revoke_named
 from grafos_core import failure, lease
 from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
 from grafos_core.holder import HolderLease
@@ -149,17 +150,40 @@ class Fabric:
         return [NodeKey(each.key_id, each.owner, each.use, each.public_key) for each in answer.keys]
 
     def revoke(
-        self, *lease_ids: str, reason: str = "", grace: float | timedelta = 0
-    ) -> list[lease.Lease]:
-        """Take leases back: one's own, or any for an operator."""
-        request = admission_pb2.RevokeRequest(
-            request_id=new_request_id(),
-            lease_ids=[lease.check_lease_id(each) for each in lease_ids],
-            reason=reason,
-            grace_ms=duration_ms(grace, "grace"),
-        )
-        answer = self._ask("Revoke", request, ANSWER_MS_MAX)
-        return [convert.lease_from_proto(each) for each in answer.leases]
+        self,
+        *lease_ids: str,
+        reason: str = "",
+        grace: float | timedelta = 0,
+        tenant: str = "",
+        holder: str = "",
+        node: str = "",
+        key: str = "",
+    ) -> list[Revocation]:
+        """Take leases back: one's own, or any for an operator.
+
+        Args:
+            lease_ids: which; or choose by the other arguments, which all must fit.
+            reason: recorded, and told to the holder.
+            grace: for how many seconds they still work, after a notice; never past their deadline.
+                Ordered again, it may become shorter, and never longer.
+            key: id of a signing key; the leases of which it signed a token. It signs nothing from
+                then on, and no node takes what it has signed. For operators.
+
+        Returns:
+            What became of the order for each lease: the lease, or why it was refused.
+        """
+        order = admission_pb2.RevokeRequest(reason=reason, grace_ms=duration_ms(grace, "grace"))
+        select = admission_pb2.LeaseSelector(tenant=tenant, holder=holder, node_id=node, key_id=key)
+
+        def ask(request: admission_pb2.RevokeRequest) -> admission_pb2.RevokeResponse:
+            answer: admission_pb2.RevokeResponse = self._ask("Revoke", request, ANSWER_MS_MAX)
+            return answer
+
+        if select.ByteSize():
+            if lease_ids:
+                raise failure.of("INVALID", "lease ids or a selector, not both")
+            return revoke_chosen(ask, order, select)
+        return revoke_named(ask, order, [lease.check_lease_id(each) for each in lease_ids])
 
     def close(self) -> None:
         """Give back what is held and not meant to outlive its holder; end all connections."""
@@ -218,6 +242,8 @@ class Fabric:
         )
         if request.keep:
             message.policy.on_holder_exit = lease.OnHolderExit.KEEP.value
+        message.policy.on_disconnect = request.on_disconnect
+        message.policy.reconnect_ms = request.reconnect_ms
         answer = self._ask("Acquire", message, wait_ms + ANSWER_MS_MAX)
         taken = self._bind("Bind", answer, request, made)
         _count("acquire", taken, started_ns)
@@ -240,6 +266,14 @@ class Fabric:
             request_id=new_request_id(), lease_id=lease_id, ttl_ms=ttl_ms
         )
         return self._ask("Renew", request, timeout_ms)
+
+    def _checkpointed(self, grip: Grip) -> TeardownReceipt:
+        """Tell the node that all is saved; the receipt of the end that follows."""
+        answer = grip.node.release(grip.lease_id, grip.epoch, checkpoint=True)
+        receipt = from_slip(answer.receipt, credited=answer.credited)
+        if receipt.outcome == "fenced":
+            raise failure.of("QUARANTINED", lease_id=grip.lease_id, epoch=grip.epoch)
+        return receipt
 
     def _give_back(self, grip: Grip) -> TeardownReceipt:
         """Release at the node; through admission where the node cannot be reached.

@@ -215,6 +215,29 @@ class Lease:
         self._renew(_ttl_ms(ttl), RENEW_MS_MAX)
         return self.remaining_ms()
 
+    def checkpoint_done(self) -> TeardownReceipt:
+        """Within the grace of a revocation: all is saved, the lease may end now. What the node says
+        that it took back; `measured["revoke_stage"]` is then `checkpoint_reported`.
+
+        Raises:
+            Incompatible: code PRECONDITION; nobody revokes it, and it goes on.
+            Revoked, LeaseExpired: it was over before.
+            Fenced: the teardown failed; the slice is quarantined.
+        """
+        with self._line:
+            self._look()
+            try:
+                receipt = self._fabric._checkpointed(self._grip)
+            except Fenced as fenced:
+                self._finish(failure.of("REVOKED", "its holder reported"))
+                self._receipt = fenced
+                raise _again(fenced, self._grip) from None
+            except FabricError as refused:
+                raise self._failed_operation(refused) from None
+            self._finish(failure.of("REVOKED", "its holder reported"))
+            self._receipt = receipt
+            return receipt
+
     def release(self) -> TeardownReceipt:
         """Give the lease back; what the node says it took back. Once done, the same answer again.
 

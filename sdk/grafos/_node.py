@@ -79,13 +79,14 @@ class NodeLine:
         request = node_pb2.ExtendRequest(token=token, session=self._session_id)
         return self._peer.ask("Extend", request, timeout_ms)
 
-    def release(self, lease_id: str, epoch: int) -> Any:
+    def release(self, lease_id: str, epoch: int, *, checkpoint: bool = False) -> Any:
         """The answer with the receipt; a node that is not there is not waited for."""
         request = node_pb2.NodeReleaseRequest(
             request_id=new_request_id(),
             lease_id=lease_id,
             epoch=epoch,
             credit_wait_ms=CREDIT_WAIT_MS,
+            checkpoint=checkpoint,
         )
         if self._port is not None:
             self._port.close_lease(lease_id)

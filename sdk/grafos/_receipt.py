@@ -98,6 +98,12 @@ class TeardownReceipt:
         return self
 
     @property
+    def revoke_stage(self) -> str:
+        """Of a lease that was revoked: `checkpoint_reported` where its holder agreed in its grace,
+        else `forced_teardown`, or `expired` where its own end came first."""
+        return str(self.measured.get("revoke_stage", ""))
+
+    @property
     def frees(self) -> bool:
         """Whether the node has taken the resource back."""
         return self.outcome in ("torndown", "nothing_created", "cleared")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from typing import Final
@@ -23,7 +24,7 @@ from services.runtime.signing import SigningKey
 
 NAME: Final = "grafos.v1.AdmissionService"
 FOLLOW_AGAIN_S: Final = 0.1
-UPKEEP_S: Final = 1.0
+FLUSH_TURNS: Final = 10
 GATE_S: Final = 0.1
 GATES: Final = ("ledger", "key")
 
@@ -37,17 +38,15 @@ def start(process: Process) -> None:
         dice=process.dice, clock=process.clock,
     )  # fmt: skip
     process.on_stop(remote.close)
-    key = signing_key(process)
+    minter = Minter(str(here), signing_key(process))
     view, ledger = FabricView(remote, process.clock), Ledger(remote)
-    servicer = AdmissionServicer(
-        view, ledger, Minter(str(here), key), process.clock, process.metrics
-    )
+    servicer = AdmissionServicer(view, ledger, minter, process.clock, process.metrics)
     stopped = threading.Event()
     process.on_stop(stopped.set)
     for body, arguments in (
         (follow, (process, view, stopped)),
         (show_gate, (process, view, stopped)),
-        (upkeep, (process, view, ledger, key, str(here), stopped)),
+        (upkeep, (process, view, ledger, minter, str(here), stopped)),
     ):
         threading.Thread(target=body, args=arguments, name=body.__name__, daemon=True).start()
     service = Service(NAME, admission_pb2_grpc.add_AdmissionServiceServicer_to_server, servicer)
@@ -82,21 +81,43 @@ def show_gate(process: Process, view: FabricView, stopped: threading.Event) -> N
 
 
 def upkeep(
-    process: Process, view: FabricView, ledger: Ledger, key: SigningKey, issuer: str,
+    process: Process, view: FabricView, ledger: Ledger, minter: Minter, issuer: str,
     stopped: threading.Event,
 ) -> None:  # fmt: skip
-    """Publish our key to each ledger that we meet, hand in refusals that nobody took along."""
-    published_at = 0
-    while not stopped.wait(UPKEEP_S if published_at == view.snapshots > 0 else FOLLOW_AGAIN_S):
+    """Publish our key to each ledger that we meet, and another where it is revoked; hand in
+    refusals that nobody took along."""
+    published_at = (0, "")
+    for turn in itertools.count():
+        if stopped.wait(FOLLOW_AGAIN_S):
+            return
         snapshots = view.snapshots
         try:
-            if published_at != snapshots:
-                publish(ledger, key, issuer)
-                published_at = snapshots
+            if minter.key_id in view.revoked_keys:
+                change_key(process, minter)
+            if published_at != (snapshots, minter.key_id):
+                publish_or_change(process, ledger, minter, issuer)
+                published_at = (snapshots, minter.key_id)
                 process.readiness.open("key")
-            ledger.flush_refusals()
+            if turn % FLUSH_TURNS == 0:
+                ledger.flush_refusals()
         except (FabricError, OSError) as error:
             process.log.debug("ledger.unreachable", error=str(error))
+
+
+def publish_or_change(process: Process, ledger: Ledger, minter: Minter, issuer: str) -> None:
+    try:
+        publish(ledger, minter.key, issuer)
+    except FabricError as refusal:
+        if refusal.code != "PRECONDITION":
+            raise
+        change_key(process, minter)  # it was revoked while we were not there
+        publish(ledger, minter.key, issuer)
+
+
+def change_key(process: Process, minter: Minter) -> None:
+    """The old one is overwritten: nothing that it signs counts any more."""
+    minter.key = SigningKey.make(process.state_dir / "token.key")
+    process.log.warning("key.changed", key_id=minter.key_id)
 
 
 def publish(ledger: Ledger, key: SigningKey, issuer: str) -> None:

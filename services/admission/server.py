@@ -33,8 +33,6 @@ from grafos_core.lease import (
     check_ttl,
 )
 from grafos_core.lessor import (
-    GRACE_MS_MAX,
-    REASON_CHARS_MAX,
     NodeView,
     ended_failure,
     principal,
@@ -45,8 +43,8 @@ from grafos_proto.v1 import admission_pb2, lease_pb2, ledger_pb2
 from grafos_proto.v1.admission_pb2_grpc import AdmissionServiceServicer
 from grafos_proto.wire import convert
 from grafos_proto.wire.failures import failure_of
-from services.admission.commits import BATCH_MAX
 from services.admission.ledger import Ledger
+from services.admission.revocations import Revocations, sees
 from services.admission.tokens import Minter
 from services.admission.view import FabricView
 from services.runtime.clock import Clock
@@ -59,7 +57,6 @@ WAIT_MS_MAX: Final = 600_000
 RETURN_OVERHEAD_MS: Final = 200
 """Kept back of the caller's deadline, so that the inner refusal is the one it hears."""
 LABELS_MAX: Final = 16
-REVOKE_MAX: Final = 256
 LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX = 1_000, 10_000
 LIST_BYTES_MAX: Final = 512 * 1024
 LOOK_AGAIN_MS: Final = 250
@@ -80,6 +77,7 @@ class AdmissionServicer(AdmissionServiceServicer):
     ) -> None:
         self._view, self._ledger, self._minter, self._clock = view, ledger, minter, clock
         self._places = WatchPlaces()
+        self._revocations = Revocations(ledger)
         self._decisions = metrics.counter("grafos_admission_decisions")
         self._waited = metrics.histogram("grafos_admission_wait_seconds")
         self._took = metrics.histogram("grafos_lease_acquire_seconds")
@@ -179,6 +177,7 @@ class AdmissionServicer(AdmissionServiceServicer):
             bind_within_ms=TOKEN_MS_DEFAULT,
             policy=convert.policy_to_proto(ask.policy),
             decision=f"admit {place.node_id}: {place.reason}",
+            key_id=self._minter.key_id,
         )
         outcome = self._ledger.commit(ledger_pb2.Command(grant=grant), self._time_left())
         if outcome.HasField("failure"):
@@ -195,6 +194,7 @@ class AdmissionServicer(AdmissionServiceServicer):
             tenant=who.tenant or "",
             holder=str(who),
             holder_key=peer().key_thumbprint,
+            key_id=self._minter.key_id,
         )
         return self._answer(self._commit(ledger_pb2.Command(attach=attach)))
 
@@ -215,6 +215,7 @@ class AdmissionServicer(AdmissionServiceServicer):
             ttl_ms=request.ttl_ms,
             tenant=who.tenant or "",
             holder=str(who),
+            key_id=self._minter.key_id,
         )
         lease = _read_outcome(self._ledger.renew(ask, self._time_left()))
         text, _ = self._mint(lease)
@@ -251,30 +252,7 @@ class AdmissionServicer(AdmissionServiceServicer):
     def Revoke(
         self, request: admission_pb2.RevokeRequest, context: grpc.ServicerContext
     ) -> admission_pb2.RevokeResponse:
-        who = peer().identity
-        if not 0 < len(request.lease_ids) <= REVOKE_MAX:
-            raise failure.of("RANGE", f"lease_ids: 1 to {REVOKE_MAX}")
-        if len(request.reason) > REASON_CHARS_MAX:
-            raise failure.of("RANGE", f"reason: at most {REASON_CHARS_MAX} characters")
-        if request.grace_ms > GRACE_MS_MAX:
-            raise failure.of("RANGE", f"grace_ms: at most {GRACE_MS_MAX}")
-        ids = [check_lease_id(lease_id) for lease_id in request.lease_ids]
-        request_id = check_request_id(request.request_id)
-        commands = [
-            ledger_pb2.Command(
-                end=ledger_pb2.EndLease(
-                    request_id=request_id, lease_id=lease_id, cause="revoked",
-                    reason=request.reason, grace_ms=request.grace_ms, by=str(who),
-                    tenant=who.tenant or "", holder=str(who) if who.role is Role.HOLDER else "",
-                )
-            )
-            for lease_id in ids
-        ]  # fmt: skip
-        outcomes: list[ledger_pb2.Outcome] = []
-        for first in range(0, len(commands), BATCH_MAX):
-            outcomes += self._ledger.commit_all(commands[first : first + BATCH_MAX])
-        ended = [_read_outcome(outcome) for outcome in outcomes]
-        return admission_pb2.RevokeResponse(leases=[convert.lease_to_proto(x) for x in ended])
+        return self._revocations.answer(request)
 
     # looking
 
@@ -283,7 +261,7 @@ class AdmissionServicer(AdmissionServiceServicer):
     ) -> lease_pb2.Lease:
         lease_id = check_lease_id(request.lease_id)
         lease = self._ledger.get(lease_id)
-        if not _sees(lease):
+        if not sees(lease):
             raise failure.of("NOT_FOUND", lease_id=lease_id)
         return lease
 
@@ -295,7 +273,7 @@ class AdmissionServicer(AdmissionServiceServicer):
         limit, size, response = request.limit or LIST_LIMIT_DEFAULT, 0, _Listing()
         for page in self._ledger.pages(_of_caller(request)):
             response.revision = response.revision or page.revision
-            for lease in filter(_sees, page.leases):
+            for lease in filter(sees, page.leases):
                 size += lease.ByteSize()
                 if len(response.leases) == limit or size > LIST_BYTES_MAX:
                     response.next = response.leases[-1].lease_id
@@ -336,7 +314,7 @@ class AdmissionServicer(AdmissionServiceServicer):
         for page in self._ledger.pages(_of_caller(_Asked())):
             revision = revision or page.revision
             for lease in page.leases:
-                if _sees(lease) and lease_id in ("", lease.lease_id):
+                if sees(lease) and lease_id in ("", lease.lease_id):
                     yield admission_pb2.WatchLeasesResponse(event="snapshot", lease=lease)
         return revision
 
@@ -438,13 +416,6 @@ def _holder() -> Identity:
     return who
 
 
-def _sees(lease: lease_pb2.Lease) -> bool:
-    who = peer().identity
-    if who.role is Role.OPERATOR:
-        return True
-    return lease.tenant == who.tenant and principal(lease.holder) == principal(str(who))
-
-
 def _of_caller(request: _Asked) -> _Asked:
     """The request, of a holder's own tenant alone."""
     asked = _Asked()
@@ -489,7 +460,7 @@ def _lease_events(
     """What of it the caller may see; where that is nothing, how far it has heard."""
     shown = False
     for event in response.events:
-        if not event.HasField("lease") or not _sees(event.lease):
+        if not event.HasField("lease") or not sees(event.lease):
             continue
         if lease_id in ("", event.lease.lease_id):
             shown = True

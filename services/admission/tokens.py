@@ -15,7 +15,12 @@ OPERATIONS: Final = ("read", "write")
 
 class Minter:
     def __init__(self, issuer: str, key: SigningKey) -> None:
-        self._issuer, self._key = issuer, key
+        self._issuer, self.key = issuer, key
+        """The key may be replaced at any time by another thread."""
+
+    @property
+    def key_id(self) -> str:
+        return self.key.key_id
 
     def mint(self, lease: Lease, now_ms: int) -> tuple[str, int]:
         """The token, and how many ms it lives. It never outlives the lease, nor the time after
@@ -46,5 +51,9 @@ class Minter:
             lifetime_end_ms=lease.lifetime_end_ms,
             policy=lease.policy,
         ).to_claims()
-        text = token.mint(token.LEASE, self._key.key_id, claims, self._key.sign)
+        key = self.key
+        if lease.key_ids and key.key_id not in lease.key_ids:
+            why = "the signing key has changed since the ledger wrote down which it would be"
+            raise failure.of("RETRY_LATER", why, lease_id=lease.lease_id, retry_after_ms=100)
+        text = token.mint(token.LEASE, key.key_id, claims, key.sign)
         return text, expires_ms - now_ms

@@ -38,6 +38,8 @@ class FabricView:
         self._loaded = False
         self.snapshots = 0
         """How often it began anew: after each, the ledger may be another or an older one."""
+        self.revoked_keys: set[str] = set()
+        """Of those that were revoked while this process looked on."""
 
     def nodes(self) -> tuple[list[NodeView], int]:
         """The nodes as of now, and the version to wait upon with `wait_change`."""
@@ -99,6 +101,8 @@ class FabricView:
     def _forget(self, events: Iterable[ledger_pb2.Event]) -> None:
         """What an operator gave up, unless the ledger already knows a new node of that name."""
         for event in events:
+            if event.kind == "key.revoked":
+                self.revoked_keys.add(str(chain.parse(event.record).body["key_id"]))
             if event.kind == "node.forgotten" and not event.HasField("node"):
                 body = chain.parse(event.record).body
                 with self._changed:

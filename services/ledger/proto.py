@@ -16,11 +16,13 @@ from grafos_core import failure, spiffe
 from grafos_core.books import BookView
 from grafos_core.lease import (
     AMOUNT_MAX,
+    REPORTED_STAGES,
     TOKEN_MS_DEFAULT,
     TTL_MS_MAX,
     EndCause,
     Kind,
     NodeId,
+    RevokeStage,
     TenantId,
     check_lease_id,
 )
@@ -33,6 +35,7 @@ from services.runtime.signing import key_id_of
 LIFETIME_MS_MAX: Final = 3_660 * 86_400_000
 """Ten years: what somebody may ask for beyond "none"."""
 HOLDER_KEY: Final = re.compile(r"[A-Za-z0-9_-]{43}")
+KEY_ID: Final = re.compile(r"[0-9a-f]{16}")
 INCARNATION: Final = re.compile(r"[0-9a-f]{32}")
 LABELS_MAX: Final = 64
 LABEL_CHARS_MAX: Final = 253
@@ -64,6 +67,7 @@ def grant(ask: ledger_pb2.Grant) -> c.Grant:
         bind_within_ms=ask.bind_within_ms or TOKEN_MS_DEFAULT,
         policy=policy_from_proto(ask.policy),
         decision=ask.decision[:REASON_CHARS_MAX],
+        key_id=key_id(ask.key_id),
     )
 
 
@@ -75,6 +79,7 @@ def attach(ask: ledger_pb2.AttachLease) -> c.Attach:
         holder=spiffe_id(ask.holder),
         holder_key=holder_key(ask.holder_key),
         bind_within_ms=TOKEN_MS_DEFAULT,
+        key_id=key_id(ask.key_id),
     )
 
 
@@ -85,6 +90,7 @@ def renew(ask: ledger_pb2.LedgerRenew) -> c.Renew:
         ttl_ms=ask.ttl_ms or None,
         tenant=tenant(ask.tenant),
         holder=spiffe_id(ask.holder),
+        key_id=key_id(ask.key_id),
     )
 
 
@@ -115,6 +121,10 @@ def clear(ask: ledger_pb2.ClearFence, operator: str, nonce: str) -> c.ClearFence
 def set_quota(ask: ledger_pb2.SetQuota) -> c.SetQuota:
     limit = Limit(ask.amount, ask.count)
     return c.SetQuota(tenant(ask.tenant), kind_from_proto(ask.kind), limit)
+
+
+def revoke_key(ask: ledger_pb2.RevokeKey, operator: str) -> c.RevokeKey:
+    return c.RevokeKey(key_id(ask.key_id), words(ask.reason), spiffe_id(operator))
 
 
 def forget(ask: ledger_pb2.ForgetNode, operator: str) -> c.ForgetNode:
@@ -188,6 +198,15 @@ def _live(bound: ledger_pb2.Bound) -> c.LiveLease:
     return c.LiveLease(check_lease_id(bound.lease_id), bound.epoch, bound.generation)
 
 
+def stage(label: str) -> RevokeStage | None:
+    """Of a revocation, as a node tells it."""
+    if not label:
+        return None
+    if label not in REPORTED_STAGES:
+        raise failure.of("INVALID", f"stage: one of {', '.join(sorted(REPORTED_STAGES))}")
+    return RevokeStage(label)
+
+
 def _end_cause(text: str) -> EndCause:
     if text not in ("release", "revoked"):
         raise failure.of("INVALID", "cause: release or revoked")
@@ -209,6 +228,12 @@ def spiffe_id(text: str) -> str:
 def holder_key(text: str) -> str:
     if not HOLDER_KEY.fullmatch(text):
         raise failure.of("IDENTIFIER", "holder_key: 43 characters of base64url")
+    return text
+
+
+def key_id(text: str) -> str:
+    if text and not KEY_ID.fullmatch(text):
+        raise failure.of("IDENTIFIER", "key_id: 16 hexadecimal digits")
     return text
 
 

@@ -78,7 +78,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
         def command(bound: ledger_pb2.Bound) -> Command:
             return c.ReportBound(
                 node_id, request.incarnation, check_lease_id(bound.lease_id), bound.epoch,
-                bound.generation,
+                bound.generation, proto.stage(bound.stage),
             )  # fmt: skip
 
         outcomes, _ = self._decide(request.bound, command)
@@ -157,7 +157,12 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
             ttl_ms=REGISTRATION_TTL_MS,
             now_ms=now_ms,
             obligations=owed[:OBLIGATIONS_MAX],
-            keys=[proto.key_to_proto(k) for k in lessor.state.keys.values() if k.use != "receipt"],
+            keys=[
+                proto.key_to_proto(key)
+                for key in lessor.state.keys.values()
+                if key.use != "receipt" and key.key_id not in lessor.state.revoked_keys
+            ],
+            revoked_keys=sorted(lessor.state.revoked_keys),
             revocation_number=self._ledger.revocations,
             send_live=lessor.wants_live(node_id) or bool(strangers),
         )
@@ -288,7 +293,9 @@ def _command(ask: ledger_pb2.Command) -> Command:
     if name is None:
         raise failure.of("MISSING_FIELD", "command")
     of_service = caller.role is Role.SERVICE
-    if name != "end" and of_service is (name in ("clear", "set_quota", "forget_node")):
+    if name not in ("end", "revoke_key") and of_service is (
+        name in ("clear", "set_quota", "forget_node")
+    ):
         raise failure.of("ROLE", name)
     who = str(caller)
     match name:
@@ -298,6 +305,9 @@ def _command(ask: ledger_pb2.Command) -> Command:
             return proto.attach(ask.attach)
         case "end":
             return proto.end(ask.end, (ask.end.by if of_service else "") or who)
+        case "revoke_key":
+            operator = (ask.revoke_key.operator if of_service else "") or who
+            return proto.revoke_key(ask.revoke_key, operator)
         case "clear":
             return proto.clear(ask.clear, who, secrets.token_hex(16))
         case "set_quota":

@@ -328,6 +328,8 @@ class Control:
             if op == "detach":
                 return core.detach(number, lease_id, epoch, holder_key, now)
             wait_ms = message["credit_wait_ms"]
+            if message.get("checkpoint"):
+                return core.checkpoint_done(number, lease_id, epoch, holder_key, wait_ms, now)
             return core.release(number, lease_id, epoch, holder_key, wait_ms, now)
 
         self._put(question, lambda result: reply(self._told(result)))

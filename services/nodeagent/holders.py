@@ -146,6 +146,7 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
             lease=check_lease_id(request.lease_id),
             epoch=_epoch(request.epoch),
             credit_wait_ms=wait_ms,
+            checkpoint=request.checkpoint,
             **_named(calls.peer()),
         )
         return node_pb2.NodeReleaseResponse(receipt=answer["receipt"], credited=answer["credited"])

@@ -32,8 +32,8 @@ RECEIPTS_MAX: Final = 256
 BOUND_MAX: Final = 1_024
 BACK_OFF_S_MIN, BACK_OFF_S_MAX = 0.05, 2.0
 
-Reported = tuple[str, int, int]
-"""(lease id, epoch, generation) of a lease that was bound."""
+Reported = tuple[str, int, int, str]
+"""(lease id, epoch, generation, stage) of a lease that was bound; the stage where it is revoked."""
 
 
 class Owner(Protocol):
@@ -174,8 +174,8 @@ class LedgerLink:
             node_id=node_id,
             incarnation=incarnation,
             bound=[
-                ledger_pb2.Bound(lease_id=lease_id, epoch=epoch, generation=generation)
-                for lease_id, epoch, generation in bound
+                ledger_pb2.Bound(lease_id=lease_id, epoch=epoch, generation=generation, stage=stage)
+                for lease_id, epoch, generation, stage in bound
             ],
         )
         with failures.status_to_failures():

@@ -126,6 +126,7 @@ def shown(view: LeaseView) -> node_pb2.NodeLease:
         fence_cause=view.fence_cause,
         exported=view.exported,
         evidence={name: str(value) for name, value in view.evidence.items()},
+        revoke_stage=view.revoke_stage.value,
     )
 
 

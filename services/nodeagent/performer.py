@@ -93,7 +93,7 @@ class Partner(Protocol):
 class Ledger(Protocol):
     def send_receipt(self, receipt: ReceiptFacts) -> None: ...
 
-    def report_bound(self, report: tuple[str, int, int]) -> None: ...
+    def report_bound(self, report: tuple[str, int, int, str]) -> None: ...
 
     def forget_bound(self, lease_id: str) -> None: ...
 
@@ -421,7 +421,8 @@ class Performer:
             self.partners.front.send({"op": "ended", "leases": [fields]})
 
     def _report_bound(self, effect: ReportBound) -> None:
-        self._tools.ledger.report_bound((effect.lease_id, effect.epoch, effect.generation))
+        stage = effect.stage.value if effect.stage else ""
+        self._tools.ledger.report_bound((effect.lease_id, effect.epoch, effect.generation, stage))
 
     def _notify(self, effect: Notify) -> None:
         facts = self._facts.get(effect.lease_id)

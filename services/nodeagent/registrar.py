@@ -77,7 +77,7 @@ class Registrar:
         control = self._control
         now = control.now()
         self.contact_ms, self._send_live = now.boot_ms, response.send_live
-        control.rooms.keys.replace(response.keys, now.wall_ms)
+        control.rooms.keys.replace(response.keys, now.wall_ms, response.revoked_keys)
         if response.revocation_number > self._revocation_number:
             self._revocation_number = response.revocation_number
             control.rooms.book.note_revocation(response.revocation_number)

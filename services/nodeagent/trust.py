@@ -46,6 +46,7 @@ class TrustedKeys:
         self._keys = jws.Keys()
         self._cache = VerifiedCache(CACHED_MAX)
         self._lock = threading.Lock()
+        self._revoked: frozenset[str] = frozenset()
         self._lists = 0
         """How many have come."""
         self._strangers: OrderedDict[bytes, int] = OrderedDict()
@@ -54,8 +55,14 @@ class TrustedKeys:
         self.ask_for_list: Callable[[], None] = lambda: None
         """Called when a fresh one is wanted; returns at once."""
 
-    def replace(self, published: Iterable[lease_pb2.VerificationKey], now_ms: int) -> None:
-        """From now on these and no others."""
+    def replace(
+        self,
+        published: Iterable[lease_pb2.VerificationKey],
+        now_ms: int,
+        revoked: Iterable[str] = (),
+    ) -> None:
+        """From now on these and no others; what `revoked` keys have signed is refused as that."""
+        self._revoked = frozenset(revoked)
         self._replace(published, now_ms)
         with self._lock:
             self._lists += 1  # after they are in force: who counts on them finds them
@@ -87,11 +94,19 @@ class TrustedKeys:
                 cache=self._cache,
             )
         except FabricError as refusal:
+            if refusal.code == "TOKEN_KEY_UNKNOWN" and self._revoked:
+                self._refuse_revoked(text, refusal)
             if refusal.code == "TOKEN_KEY_UNKNOWN" and not self._is_certain(text, now_ms):
                 raise failure.of(
                     "RETRY_LATER", "the keys are being fetched", retry_after_ms=AGAIN_MS
                 ) from refusal
             raise
+
+    def _refuse_revoked(self, text: str, refusal: FabricError) -> None:
+        """Nobody's signature is checked for this: who names such a key is refused in any case."""
+        header = jws.parse_canonical(jws.from_base64url(text.encode().partition(b".")[0]))
+        if header.get("kid") in self._revoked:
+            raise failure.of("REVOKED", "the key that signed the token is revoked") from refusal
 
     def _is_certain(self, text: str, now_ms: int) -> bool:
         """Whether a list that came after this key was met first does not have it."""

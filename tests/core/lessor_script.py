@@ -145,8 +145,19 @@ class Script:
                 lifetime_ms=int(options["lifetime"]) if "lifetime" in options else None,
                 bind_within_ms=int(options.get("bind", 30_000)),
                 policy=policy,
+                key_id=options.get("key", ""),
             )
         )
+
+    def _revoke_key(self, plain: list[str], _: dict[str, str]) -> str:
+        return self._do(c.RevokeKey(plain[0], "seen elsewhere", "op"))
+
+    def _publish(self, plain: list[str], options: dict[str, str]) -> str:
+        use = options.get("use", "lease")
+        return self._do(c.PublishKey(c.PublishedKey(plain[0], "admission", use, KEY)))
+
+    def _keys(self, plain: list[str], _: dict[str, str]) -> str:
+        return ",".join(self.lessor.lease(lease_id(plain[0])).key_ids) or "-"
 
     def _who(self, options: dict[str, str]) -> dict[str, Any]:
         tenant = options.get("tenant", "t")
@@ -163,14 +174,15 @@ class Script:
     def _renew(self, plain: list[str], options: dict[str, str]) -> str:
         ttl = int(options["ttl"]) if "ttl" in options else None
         request = self._request(options)
-        return self._do(c.Renew(request, lease_id(plain[0]), ttl, **self._who(options)))
+        who = self._who(options) | {"key_id": options.get("key", "")}
+        return self._do(c.Renew(request, lease_id(plain[0]), ttl, **who))
 
     def _attach(self, plain: list[str], options: dict[str, str]) -> str:
         request = self._request(options)
         return self._do(
             c.Attach(
                 request, lease_id(plain[0]), holder_key="K2", bind_within_ms=30_000,
-                **self._who(options),
+                key_id=options.get("key", ""), **self._who(options),
             )
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ node [mem=65536] [block=64]            a fresh node, started, ready, heard (the 
 restart open=a,b fences=c owed=d used=5 journal=a kept=b   after a crash, by what its records hold
 at 5000 [wall=…]                       now; the wall clock is 1000000 later unless said
 bind a [epoch=1] [gen=1] [amount=4096] [offset=0] [ttl=10000] [end=…] [key=K] [session=s]
-     [exit=keep] [stop=…] [reconnect=…] [kind=mem]
+     [exit=keep] [disconnect=release] [stop=…] [reconnect=…] [kind=mem]
 extend a gen=2 … | attach a gen=2 key=L session=t …
 created a | create_failed a [dirty] | held a | raised a 20000|none
 done a quiesce [found=…] | failed a erase why=…        attempt is the awaited one unless said
@@ -23,7 +23,7 @@ from grafos_core import node_effects as e
 from grafos_core.epochs import EpochWindow, ExtentEpochs
 from grafos_core.failure import FabricError
 from grafos_core.gate import fresh_epochs
-from grafos_core.lease import Kind, LeaseId, OnHolderExit, Policy
+from grafos_core.lease import Kind, LeaseId, OnDisconnect, OnHolderExit, Policy
 from grafos_core.node import NodeCore
 from grafos_core.node_effects import BoundFacts, Effect, FenceFacts, Instant, Recovered
 from grafos_core.receipt import ClearOrder, Outcome
@@ -55,6 +55,7 @@ def policy(options: dict[str, str]) -> Policy:
         on_holder_exit=OnHolderExit(options.get("exit", "release")),
         reconnect_ms=int(options.get("reconnect", 5000)),
         stop_after_ms=int(stop) if stop else None,
+        on_disconnect=OnDisconnect(options.get("disconnect", "grace")),
     )
 
 

@@ -36,12 +36,14 @@ PUBLIC = [
     "MemLease",
     "Notice",
     "RateLimited",
+    "Revocation",
     "Revoked",
     "TeardownReceipt",
     "connect",
     "local_fabric",
 ]
 LEASE = [
+    "checkpoint_done",
     "detach",
     "drop",
     "epoch",
@@ -68,6 +70,7 @@ BUILDER = [
     "keep",
     "lease_secs",
     "new",
+    "on_disconnect",
     "ttl",
     "wait",
     "where",

@@ -488,15 +488,21 @@ class RevokeRequest(_message.Message):
     LEASE_IDS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     GRACE_MS_FIELD_NUMBER: _builtins.int
+    SELECT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     reason: _builtins.str
     """at most 256 characters, recorded"""
     grace_ms: _builtins.int
     """0: at once; at most 600000"""
+    after: _builtins.str
+    """with a selector: `next` of the page before"""
     @_builtins.property
     def lease_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """at most 256"""
+        """at most 1024; or a selector, never both"""
 
+    @_builtins.property
+    def select(self) -> Global___LeaseSelector: ...
     def __init__(
         self,
         *,
@@ -504,34 +510,105 @@ class RevokeRequest(_message.Message):
         lease_ids: _abc.Iterable[_builtins.str] | None = ...,
         reason: _builtins.str = ...,
         grace_ms: _builtins.int = ...,
+        select: Global___LeaseSelector | None = ...,
+        after: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["select", b"select"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_ms", b"grace_ms", "lease_ids", b"lease_ids", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "grace_ms", b"grace_ms", "lease_ids", b"lease_ids", "reason", b"reason", "request_id", b"request_id", "select", b"select"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeRequest: _TypeAlias = RevokeRequest  # noqa: Y015
 
 @_typing.final
+class LeaseSelector(_message.Message):
+    """Live leases that are all of this; what is empty is not asked for. One field must be given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    holder: _builtins.str
+    """SPIFFE id"""
+    node_id: _builtins.str
+    key_id: _builtins.str
+    """that signed a token of theirs; it is revoked first, by operators"""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        holder: _builtins.str = ...,
+        node_id: _builtins.str = ...,
+        key_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "key_id", b"key_id", "node_id", b"node_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaseSelector: _TypeAlias = LeaseSelector  # noqa: Y015
+
+@_typing.final
 class RevokeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LEASES_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    next: _builtins.str
+    """not empty: there may be more; ask again with `after`"""
     @_builtins.property
-    def leases(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.Lease]: ...
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.Lease]:
+        """whose orders were taken, as they are now"""
+
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___RevokeRefusal]:
+        """the others; every lease is in one of the two"""
+
     def __init__(
         self,
         *,
         leases: _abc.Iterable[_lease_pb2.Lease] | None = ...,
+        refusals: _abc.Iterable[Global___RevokeRefusal] | None = ...,
+        next: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leases", b"leases", "next", b"next", "refusals", b"refusals"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeResponse: _TypeAlias = RevokeResponse  # noqa: Y015
+
+@_typing.final
+class RevokeRefusal(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    @_builtins.property
+    def failure(self) -> _lease_pb2.FailureDetail:
+        """nothing has changed for it; or it is not known whether"""
+
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        failure: _lease_pb2.FailureDetail | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeRefusal: _TypeAlias = RevokeRefusal  # noqa: Y015
 
 @_typing.final
 class KeysRequest(_message.Message):

@@ -97,6 +97,7 @@ class Policy(_message.Message):
     ISOLATION_FIELD_NUMBER: _builtins.int
     SCRUB_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    ON_DISCONNECT_FIELD_NUMBER: _builtins.int
     on_holder_exit: _builtins.str
     """"release" (default) or "keep" """
     reconnect_ms: _builtins.int
@@ -109,6 +110,8 @@ class Policy(_message.Message):
     """overwrite with zeros before pages are given back"""
     priority: _builtins.str
     """"standard" (default), "guaranteed", "scavenger" """
+    on_disconnect: _builtins.str
+    """"grace" (default: reconnect_ms), "release" at once, "keep" """
     def __init__(
         self,
         *,
@@ -118,10 +121,11 @@ class Policy(_message.Message):
         isolation: _builtins.str = ...,
         scrub: _builtins.bool = ...,
         priority: _builtins.str = ...,
+        on_disconnect: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["isolation", b"isolation", "on_holder_exit", b"on_holder_exit", "priority", b"priority", "reconnect_ms", b"reconnect_ms", "scrub", b"scrub", "stop_after_ms", b"stop_after_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["isolation", b"isolation", "on_disconnect", b"on_disconnect", "on_holder_exit", b"on_holder_exit", "priority", b"priority", "reconnect_ms", b"reconnect_ms", "scrub", b"scrub", "stop_after_ms", b"stop_after_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -179,6 +183,8 @@ class Lease(_message.Message):
     BIND_BY_MS_FIELD_NUMBER: _builtins.int
     HOLDER_KEY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GRACE_MS_FIELD_NUMBER: _builtins.int
+    KEY_IDS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """32 hexadecimal digits"""
     tenant: _builtins.str
@@ -221,10 +227,16 @@ class Lease(_message.Message):
     holder_key: _builtins.str
     """SHA-256 of the holder's TLS public key, base64url"""
     request_id: _builtins.str
+    grace_ms: _builtins.int
+    """of a revocation, from its latest order on"""
     @_builtins.property
     def policy(self) -> Global___Policy: ...
     @_builtins.property
     def fence_evidence(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def key_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of the keys that signed tokens of it, the latest 8"""
+
     def __init__(
         self,
         *,
@@ -254,10 +266,12 @@ class Lease(_message.Message):
         bind_by_ms: _builtins.int = ...,
         holder_key: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        grace_ms: _builtins.int = ...,
+        key_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "bind_by_ms", b"bind_by_ms", "cause", b"cause", "end_ms", b"end_ms", "epoch", b"epoch", "extent_offset", b"extent_offset", "fence_cause", b"fence_cause", "fence_evidence", b"fence_evidence", "fenced_at_ms", b"fenced_at_ms", "generation", b"generation", "granted_at_ms", b"granted_at_ms", "holder", b"holder", "holder_key", b"holder_key", "incarnation", b"incarnation", "kind", b"kind", "lease_id", b"lease_id", "lifetime_end_ms", b"lifetime_end_ms", "node_id", b"node_id", "policy", b"policy", "reason", b"reason", "request_id", b"request_id", "stage", b"stage", "state", b"state", "tenant", b"tenant", "ttl_ms", b"ttl_ms", "unconfirmed", b"unconfirmed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "bind_by_ms", b"bind_by_ms", "cause", b"cause", "end_ms", b"end_ms", "epoch", b"epoch", "extent_offset", b"extent_offset", "fence_cause", b"fence_cause", "fence_evidence", b"fence_evidence", "fenced_at_ms", b"fenced_at_ms", "generation", b"generation", "grace_ms", b"grace_ms", "granted_at_ms", b"granted_at_ms", "holder", b"holder", "holder_key", b"holder_key", "incarnation", b"incarnation", "key_ids", b"key_ids", "kind", b"kind", "lease_id", b"lease_id", "lifetime_end_ms", b"lifetime_end_ms", "node_id", b"node_id", "policy", b"policy", "reason", b"reason", "request_id", b"request_id", "stage", b"stage", "state", b"state", "tenant", b"tenant", "ttl_ms", b"ttl_ms", "unconfirmed", b"unconfirmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -37,6 +37,7 @@ class Grant(_message.Message):
     BIND_WITHIN_MS_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     DECISION_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     lease_id: _builtins.str
     """chosen by admission, 128 random bits"""
@@ -55,6 +56,8 @@ class Grant(_message.Message):
     """life of the token"""
     decision: _builtins.str
     """admission's words, for the record; at most 256 characters"""
+    key_id: _builtins.str
+    """with which the token will be signed; empty: not told"""
     @_builtins.property
     def policy(self) -> _lease_pb2.Policy: ...
     def __init__(
@@ -74,10 +77,11 @@ class Grant(_message.Message):
         bind_within_ms: _builtins.int = ...,
         policy: _lease_pb2.Policy | None = ...,
         decision: _builtins.str = ...,
+        key_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "bind_within_ms", b"bind_within_ms", "decision", b"decision", "holder", b"holder", "holder_key", b"holder_key", "incarnation", b"incarnation", "kind", b"kind", "lease_id", b"lease_id", "lifetime_ms", b"lifetime_ms", "node_id", b"node_id", "policy", b"policy", "request_id", b"request_id", "tenant", b"tenant", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "bind_within_ms", b"bind_within_ms", "decision", b"decision", "holder", b"holder", "holder_key", b"holder_key", "incarnation", b"incarnation", "key_id", b"key_id", "kind", b"kind", "lease_id", b"lease_id", "lifetime_ms", b"lifetime_ms", "node_id", b"node_id", "policy", b"policy", "request_id", b"request_id", "tenant", b"tenant", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -92,11 +96,14 @@ class AttachLease(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
     HOLDER_KEY_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     lease_id: _builtins.str
     tenant: _builtins.str
     holder: _builtins.str
     holder_key: _builtins.str
+    key_id: _builtins.str
+    """as in Grant"""
     def __init__(
         self,
         *,
@@ -105,10 +112,11 @@ class AttachLease(_message.Message):
         tenant: _builtins.str = ...,
         holder: _builtins.str = ...,
         holder_key: _builtins.str = ...,
+        key_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "holder_key", b"holder_key", "lease_id", b"lease_id", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "holder_key", b"holder_key", "key_id", b"key_id", "lease_id", b"lease_id", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -302,6 +310,36 @@ class PublishKey(_message.Message):
 Global___PublishKey: _TypeAlias = PublishKey  # noqa: Y015
 
 @_typing.final
+class RevokeKey(_message.Message):
+    """From now on nothing is granted or renewed under this key, and no node takes its tokens. The leases
+    that it signed tokens for are ended one by one, by whoever ordered this.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    OPERATOR_FIELD_NUMBER: _builtins.int
+    key_id: _builtins.str
+    reason: _builtins.str
+    operator: _builtins.str
+    """SPIFFE id"""
+    def __init__(
+        self,
+        *,
+        key_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        operator: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "operator", b"operator", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeKey: _TypeAlias = RevokeKey  # noqa: Y015
+
+@_typing.final
 class Command(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -313,6 +351,7 @@ class Command(_message.Message):
     FORGET_NODE_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     PUBLISH_KEY_FIELD_NUMBER: _builtins.int
+    REVOKE_KEY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def grant(self) -> Global___Grant: ...
     @_builtins.property
@@ -329,6 +368,8 @@ class Command(_message.Message):
     def refusal(self) -> Global___Refusal: ...
     @_builtins.property
     def publish_key(self) -> Global___PublishKey: ...
+    @_builtins.property
+    def revoke_key(self) -> Global___RevokeKey: ...
     def __init__(
         self,
         *,
@@ -340,12 +381,13 @@ class Command(_message.Message):
         forget_node: Global___ForgetNode | None = ...,
         refusal: Global___Refusal | None = ...,
         publish_key: Global___PublishKey | None = ...,
+        revoke_key: Global___RevokeKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "clear", b"clear", "command", b"command", "end", b"end", "forget_node", b"forget_node", "grant", b"grant", "publish_key", b"publish_key", "refusal", b"refusal", "set_quota", b"set_quota"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "clear", b"clear", "command", b"command", "end", b"end", "forget_node", b"forget_node", "grant", b"grant", "publish_key", b"publish_key", "refusal", b"refusal", "revoke_key", b"revoke_key", "set_quota", b"set_quota"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "clear", b"clear", "command", b"command", "end", b"end", "forget_node", b"forget_node", "grant", b"grant", "publish_key", b"publish_key", "refusal", b"refusal", "set_quota", b"set_quota"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "clear", b"clear", "command", b"command", "end", b"end", "forget_node", b"forget_node", "grant", b"grant", "publish_key", b"publish_key", "refusal", b"refusal", "revoke_key", b"revoke_key", "set_quota", b"set_quota"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["grant", "attach", "end", "clear", "set_quota", "forget_node", "refusal", "publish_key"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["grant", "attach", "end", "clear", "set_quota", "forget_node", "refusal", "publish_key", "revoke_key"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -433,11 +475,14 @@ class LedgerRenew(_message.Message):
     TTL_MS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     lease_id: _builtins.str
     ttl_ms: _builtins.int
     tenant: _builtins.str
     holder: _builtins.str
+    key_id: _builtins.str
+    """as in Grant"""
     def __init__(
         self,
         *,
@@ -446,10 +491,11 @@ class LedgerRenew(_message.Message):
         ttl_ms: _builtins.int = ...,
         tenant: _builtins.str = ...,
         holder: _builtins.str = ...,
+        key_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "lease_id", b"lease_id", "request_id", b"request_id", "tenant", b"tenant", "ttl_ms", b"ttl_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "key_id", b"key_id", "lease_id", b"lease_id", "request_id", b"request_id", "tenant", b"tenant", "ttl_ms", b"ttl_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -507,19 +553,23 @@ class Bound(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     epoch: _builtins.int
     generation: _builtins.int
+    stage: _builtins.str
+    """of a revocation that is under way there; empty: none"""
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         generation: _builtins.int = ...,
+        stage: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "lease_id", b"lease_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "generation", b"generation", "lease_id", b"lease_id", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -852,6 +902,7 @@ class RegisterResponse(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     REVOCATION_NUMBER_FIELD_NUMBER: _builtins.int
     SEND_LIVE_FIELD_NUMBER: _builtins.int
+    REVOKED_KEYS_FIELD_NUMBER: _builtins.int
     ttl_ms: _builtins.int
     now_ms: _builtins.int
     """wall clock of the ledger"""
@@ -867,6 +918,10 @@ class RegisterResponse(_message.Message):
 
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.VerificationKey]: ...
+    @_builtins.property
+    def revoked_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """whose tokens are refused as revoked"""
+
     def __init__(
         self,
         *,
@@ -878,10 +933,11 @@ class RegisterResponse(_message.Message):
         keys: _abc.Iterable[_lease_pb2.VerificationKey] | None = ...,
         revocation_number: _builtins.int = ...,
         send_live: _builtins.bool = ...,
+        revoked_keys: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "now_ms", b"now_ms", "obligations", b"obligations", "revision", b"revision", "revocation_number", b"revocation_number", "send_live", b"send_live", "ttl_ms", b"ttl_ms", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "now_ms", b"now_ms", "obligations", b"obligations", "revision", b"revision", "revocation_number", b"revocation_number", "revoked_keys", b"revoked_keys", "send_live", b"send_live", "ttl_ms", b"ttl_ms", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -154,11 +154,14 @@ class NodeReleaseRequest(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     CREDIT_WAIT_MS_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     lease_id: _builtins.str
     epoch: _builtins.int
     credit_wait_ms: _builtins.int
     """0: 1000; at most 10000"""
+    checkpoint: _builtins.bool
+    """within the grace of a revocation: all is saved, it may end now"""
     def __init__(
         self,
         *,
@@ -166,10 +169,11 @@ class NodeReleaseRequest(_message.Message):
         lease_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         credit_wait_ms: _builtins.int = ...,
+        checkpoint: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit_wait_ms", b"credit_wait_ms", "epoch", b"epoch", "lease_id", b"lease_id", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "credit_wait_ms", b"credit_wait_ms", "epoch", b"epoch", "lease_id", b"lease_id", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -632,6 +636,7 @@ class NodeLease(_message.Message):
     FENCE_CAUSE_FIELD_NUMBER: _builtins.int
     EXPORTED_FIELD_NUMBER: _builtins.int
     EVIDENCE_FIELD_NUMBER: _builtins.int
+    REVOKE_STAGE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     kind: _lease_pb2.Kind.ValueType
     epoch: _builtins.int
@@ -644,6 +649,8 @@ class NodeLease(_message.Message):
     fence_cause: _builtins.str
     exported: _builtins.bool
     """its descriptor was handed out"""
+    revoke_stage: _builtins.str
+    """one of the nine labels"""
     @_builtins.property
     def evidence(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -660,10 +667,11 @@ class NodeLease(_message.Message):
         fence_cause: _builtins.str = ...,
         exported: _builtins.bool = ...,
         evidence: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        revoke_stage: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "epoch", b"epoch", "evidence", b"evidence", "exported", b"exported", "extent_offset", b"extent_offset", "fence_cause", b"fence_cause", "generation", b"generation", "kind", b"kind", "lease_id", b"lease_id", "remaining_ms", b"remaining_ms", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "epoch", b"epoch", "evidence", b"evidence", "exported", b"exported", "extent_offset", b"extent_offset", "fence_cause", b"fence_cause", "generation", b"generation", "kind", b"kind", "lease_id", b"lease_id", "remaining_ms", b"remaining_ms", "revoke_stage", b"revoke_stage", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

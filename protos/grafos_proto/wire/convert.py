@@ -18,6 +18,7 @@ from grafos_core.lease import (
     Kind,
     Lease,
     LeaseState,
+    OnDisconnect,
     OnHolderExit,
     Policy,
     Priority,
@@ -77,6 +78,7 @@ def policy_to_proto(policy: Policy) -> lease_pb2.Policy:
         isolation=policy.isolation.value,
         scrub=policy.scrub,
         priority=policy.priority.value,
+        on_disconnect=policy.on_disconnect.value,
     )
 
 
@@ -91,6 +93,7 @@ def policy_from_proto(message: lease_pb2.Policy) -> Policy:
         isolation=_label(Isolation, message.isolation, Isolation.NONE),
         scrub=message.scrub,
         priority=_label(Priority, message.priority, Priority.STANDARD),
+        on_disconnect=_label(OnDisconnect, message.on_disconnect, OnDisconnect.GRACE),
     )
 
 
@@ -122,6 +125,8 @@ def lease_to_proto(lease: Lease) -> lease_pb2.Lease:
         bind_by_ms=lease.bind_by_ms,
         holder_key=lease.holder_key,
         request_id=lease.request_id,
+        grace_ms=lease.grace_ms,
+        key_ids=lease.key_ids,
     )
 
 
@@ -150,6 +155,8 @@ def lease_from_proto(message: lease_pb2.Lease) -> Lease:
         cause=_label(EndCause, message.cause, EndCause.RELEASE) if message.cause else None,
         reason=message.reason,
         unconfirmed=message.unconfirmed,
+        grace_ms=message.grace_ms,
+        key_ids=tuple(message.key_ids),
         fence_cause=message.fence_cause,
         fence_evidence=dict(message.fence_evidence),
         fenced_at_ms=message.fenced_at_ms or None,

@@ -188,5 +188,6 @@ def lease_row(lease: lease_pb2.Lease) -> dict[str, Any]:
         "reason": lease.reason, "unconfirmed": lease.unconfirmed,
         "on_holder_exit": lease.policy.on_holder_exit, "extent_offset": lease.extent_offset,
         "fence_cause": lease.fence_cause, "fence_evidence": dict(lease.fence_evidence),
-        "fenced_at_ms": lease.fenced_at_ms or None,
+        "fenced_at_ms": lease.fenced_at_ms or None, "grace_ms": lease.grace_ms,
+        "key_ids": list(lease.key_ids), "on_disconnect": lease.policy.on_disconnect,
     }  # fmt: skip

@@ -1,9 +1,10 @@
 """`grafos lease revoke`: which leases are taken back, and what became of each of them.
 
 Rules. Leases are named by id or chosen by a selector, never both; who chooses nothing must say
-`--all`. Nobody is asked anything: `--dry-run` shows what would be taken. An id that does not exist
-stops the command before its first order. After that every lease gets its order and its line, and
-one that fails keeps none of the others from being taken back.
+`--all`. A signing key is revoked before its leases are looked for, so that it signs no more. Nobody
+is asked anything: `--dry-run` shows what would be taken. An id that does not exist stops the
+command before its first order. After that every lease gets its order and its line, and one that
+fails keeps none of the others from being taken back.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from grafos._cli.exits import FAILED, OK, TIMEOUT, exit_status, together
 from grafos._cli.output import Listing
 from grafos_core import failure
 from grafos_core.failure import FabricError
-from grafos_core.lease import TEARDOWN_MS_MAX
+from grafos_core.lease import IN_GRACE, TEARDOWN_MS_MAX
 
 if TYPE_CHECKING:
     from grafos._cli.operator import Operator
@@ -31,7 +32,7 @@ BATCH: Final = 256
 LOOK_ONE_BY_ONE_MAX: Final = 32
 """Above it the leases that are still ending are listed, which costs a page and not a call each."""
 LOOK_MS_MIN, LOOK_MS_MAX = 50, 1_000
-SELECTORS: Final = ("node", "kind", "tenant", "holder", "holder_prefix", "state")
+SELECTORS: Final = ("node", "kind", "tenant", "holder", "holder_prefix", "state", "key")
 EPILOG: Final = (
     "Exit status: 0 when every lease was taken back (without --wait: was ordered to be), 1 when "
     "one is fenced or was refused, 3 when an id does not exist, 5 when --wait ended before the "
@@ -69,6 +70,10 @@ def register(verb: argparse.ArgumentParser) -> None:
     verb.epilog = EPILOG
     verb.add_argument("lease_id", nargs="*", help="or the beginning of it")
     add_selector(verb, ("pending", "active"))
+    verb.add_argument(
+        "--key", default="", metavar="ID",
+        help="only those of which this key signed a token; it signs nothing from then on",
+    )  # fmt: skip
     verb.add_argument("--all", action="store_true", help="every live lease of the fabric")
     verb.add_argument("--reason", required=True, help="recorded, and told to the holder")
     verb.add_argument("--grace", type=int, default=0, metavar="S", help="warn, and wait so long")
@@ -87,6 +92,8 @@ def revoke(given: argparse.Namespace, listing: Listing) -> int:
 
     _check(given)
     with Operator(given) as operator:
+        if given.key and not given.dry_run:
+            _revoke_key(operator, given)
         chosen = _chosen(operator, given)
         if given.dry_run:
             rows = [lease_row(each) for each in chosen]
@@ -111,10 +118,24 @@ def _chosen(operator: Operator, given: argparse.Namespace) -> list[lease_pb2.Lea
     if given.lease_id:
         named = [operator.lease(text) for text in given.lease_id]
         return list({each.lease_id: each for each in named}.values())
+    found = operator.leases(**wanted(given))
+    return [each for each in found if _is_revocable(each) and given.key in ("", *each.key_ids)]
+
+
+def _is_revocable(lease: lease_pb2.Lease) -> bool:
+    """It lives; or it is in a grace, which may become shorter."""
     from grafos_proto.v1 import lease_pb2
 
     live = (lease_pb2.LEASE_STATE_PENDING, lease_pb2.LEASE_STATE_ACTIVE)
-    return [each for each in operator.leases(**wanted(given)) if each.state in live]
+    in_grace = lease.state == lease_pb2.LEASE_STATE_ENDING and lease.stage in IN_GRACE
+    return lease.state in live or in_grace
+
+
+def _revoke_key(operator: Operator, given: argparse.Namespace) -> None:
+    from grafos_proto.v1 import ledger_pb2
+
+    order = ledger_pb2.RevokeKey(key_id=given.key, reason=given.reason)
+    operator.commit(ledger_pb2.Command(revoke_key=order))
 
 
 class Revocation:

@@ -34,6 +34,7 @@ from grafos import (
     LeaseStatus,
     Notice,
     RateLimited,
+    Revocation,
     Revoked,
     TeardownReceipt,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "MemLease",
     "Notice",
     "RateLimited",
+    "Revocation",
     "Revoked",
     "TeardownReceipt",
     "connect",

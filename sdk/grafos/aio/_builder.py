@@ -68,6 +68,9 @@ class Builder(Generic[L]):
     def keep(self) -> Self:
         return self._with(self.sync.keep())
 
+    def on_disconnect(self, what: str | float | timedelta) -> Self:
+        return self._with(self.sync.on_disconnect(what))
+
     def auto_renew(self) -> Self:
         return self._with(self.sync.auto_renew())
 

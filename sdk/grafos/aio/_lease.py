@@ -101,6 +101,9 @@ class Lease(Generic[S]):
     async def renew(self, ttl: float | timedelta | None = None) -> int:
         return await _lanes.do(lambda: self.sync.renew(ttl))
 
+    async def checkpoint_done(self) -> TeardownReceipt:
+        return await _lanes.finish(self.sync.checkpoint_done)
+
     async def release(self) -> TeardownReceipt:
         return await _lanes.finish(self.sync.release)
 

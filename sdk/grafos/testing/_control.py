@@ -19,6 +19,7 @@ from grafos_core import commands as c
 from grafos_core import failure, jws, placement, receipt
 from grafos_core.failure import FabricError
 from grafos_core.lease import (
+    IN_GRACE,
     TOKEN_MS_DEFAULT,
     TTL_MS_DEFAULT,
     USABLE,
@@ -28,6 +29,7 @@ from grafos_core.lease import (
     LeaseId,
     LeaseState,
     NodeId,
+    RevokeStage,
     TenantId,
     check_lease_id,
     check_request_id,
@@ -39,7 +41,7 @@ from grafos_core.receipt import Outcome, TeardownReceipt
 from grafos_core.spiffe import Identity, Role
 from grafos_core.token import LEASE, LeaseToken, audience_of, mint
 from grafos_proto.v1 import admission_pb2, lease_pb2
-from grafos_proto.wire import convert
+from grafos_proto.wire import convert, failures
 
 if TYPE_CHECKING:
     from grafos.testing._agent import Agent
@@ -236,10 +238,25 @@ class Control:
         return admission_pb2.ReleaseResponse(lease=convert.lease_to_proto(lease))
 
     def _revoke(self, request: Any, who: Caller) -> Any:
-        ended = [
-            self.do(self._end(request, each, EndCause.REVOKED, who)) for each in request.lease_ids
-        ]
-        return admission_pb2.RevokeResponse(leases=[convert.lease_to_proto(x) for x in ended])
+        answer = admission_pb2.RevokeResponse()
+        for lease_id in request.lease_ids or self._chosen(request.select, who):
+            try:
+                lease = self.do(self._end(request, lease_id, EndCause.REVOKED, who))
+            except FabricError as refused:
+                answer.refusals.add(lease_id=lease_id, failure=failures.detail_of(refused))
+            else:
+                answer.leases.append(convert.lease_to_proto(lease))
+        return answer
+
+    def _chosen(self, select: Any, who: Caller) -> list[str]:
+        if select.key_id:
+            raise failure.of("OPTION", "there is one signing key here, and it is not revoked")
+        return [
+            each.lease_id for each in self.lessor.state.leases.values()
+            if who.sees(each) and each.stage in (RevokeStage.ACTIVE, *IN_GRACE)
+            and select.tenant in ("", each.tenant) and select.holder in ("", each.holder)
+            and select.node_id in ("", each.node_id)
+        ]  # fmt: skip
 
     def _end(self, request: Any, lease_id: str, cause: EndCause, who: Caller) -> c.End:
         check_request_id(request.request_id)

@@ -160,6 +160,44 @@ def test_without_waiting_the_order_is_enough(ask: Cli) -> None:
         assert done.stdout.startswith(f"{lease.lease_id} ending (revoked)\n")
 
 
+def described(ask: Cli, lease_id: str) -> dict[str, Any]:
+    shown: dict[str, Any] = json.loads(ask("lease", "describe", lease_id, "-o", "json").stdout)
+    return shown
+
+
+def test_the_stage_that_is_shown_is_what_the_node_has_told(ask: Cli) -> None:
+    with held(2) as (saved, silent):
+        for grace in ("60", "30"):
+            done = ask("lease", "revoke", "--node", "n1", *WHY, "--grace", grace)
+            assert done.returncode == 0, done.stderr
+        for each in (saved, silent):
+            eventually(lambda: described(ask, each.lease_id)["stage"] == "grace_running")  # noqa: B023
+            assert described(ask, each.lease_id)["grace_ms"] == 30_000
+        assert saved.checkpoint_done().revoke_stage == "checkpoint_reported"
+        eventually(lambda: described(ask, saved.lease_id)["stage"] == "torndown")
+        silent.mem().read(0, 1)
+        done = ask("lease", "revoke", silent.lease_id, *WHY, "--wait")
+        assert done.stdout == f"{silent.lease_id} released (revoked)\n"
+        with pytest.raises(Revoked):
+            silent.mem().read(0, 1)
+
+
+def test_a_signing_key_is_revoked_with_all_that_it_signed(ask: Cli) -> None:
+    with held(1) as (before,):
+        (key_id,) = described(ask, before.lease_id)["key_ids"]
+        assert ask("lease", "revoke", "--key", "0" * 16, *WHY).returncode == exits.NOT_FOUND
+        shown = ask("lease", "revoke", "--key", key_id, *WHY, "--dry-run", "-o", "name")
+        assert shown.stdout.split() == [before.lease_id]
+        done = ask("lease", "revoke", "--key", key_id, *WHY, "--wait", "-o", "name")
+        assert (done.returncode, done.stdout.split()) == (0, [before.lease_id])
+        with pytest.raises(Revoked):
+            before.mem().read(0, 1)
+    with held(1) as (after,):
+        (other,) = described(ask, after.lease_id)["key_ids"]
+        assert other != key_id
+        after.mem().read(0, 1)
+
+
 def test_a_lease_that_does_not_end_in_time_is_status_5(
     fabric: LocalFabric, here: None, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grafos_core import jws, token
-from grafos_core.failure import Incompatible
+from grafos_core.failure import FabricError, Incompatible
 from grafos_core.lease import Kind
 from grafos_proto.v1 import admission_pb2, lease_pb2, ledger_pb2
 from services.runtime import signing
@@ -23,9 +23,11 @@ from tests.services.admission.world import (
     RELEASED,
     Client,
     Fabric,
+    PaperNode,
     ask,
     at_once,
     codes,
+    eventually,
     of_lease,
 )
 from tests.services.ledger.house import DOMAIN
@@ -309,7 +311,11 @@ def test_nobody_touches_what_is_anothers(method: str, insider: bool, shared: Fab
     elif method != "Get":
         request = of_lease(getattr(admission_pb2, f"{method}Request"), lease)
     expected = "DENIED" if insider and method != "Get" else "NOT_FOUND"
-    assert other.refused(method, request).code == expected
+    if method == "Revoke":
+        (refusal,) = other(method, request).refusals
+        assert (refusal.lease_id, refusal.failure.code) == (lease.lease_id, expected)
+    else:
+        assert other.refused(method, request).code == expected
     assert shared.holder(tenant="touched").get(lease) == lease
 
 
@@ -339,10 +345,74 @@ def test_one_revocation_takes_many_leases(shared: Fabric) -> None:
     assert {each.state for each in ended} == {ENDING}
 
 
+def test_each_lease_of_a_revocation_has_its_own_outcome(shared: Fabric) -> None:
+    web = shared.holder(tenant="own-outcome")
+    mine, unknown = web.acquire().lease, "f" * 32
+    theirs = shared.holder("other", tenant="own-outcome").acquire().lease
+    ids = [unknown, mine.lease_id, theirs.lease_id]
+    answer = web("Revoke", admission_pb2.RevokeRequest(request_id="r", lease_ids=ids))
+    assert [each.lease_id for each in answer.leases] == [mine.lease_id]
+    refused = {each.lease_id: each.failure.code for each in answer.refusals}
+    assert refused == {unknown: "NOT_FOUND", theirs.lease_id: "DENIED"}
+
+
+def test_leases_are_chosen_by_tenant_holder_and_node_and_only_ones_own(shared: Fabric) -> None:
+    operator, first = shared.client("operator/alice"), shared.holder("one", tenant="chosen")
+    second = shared.holder("two", tenant="chosen")
+    one, two = first.acquire().lease, second.acquire().lease
+
+    def revoked(asked: Client, **select: str) -> list[str]:
+        chosen = admission_pb2.LeaseSelector(**select)
+        words = admission_pb2.RevokeRequest(request_id="r", select=chosen, grace_ms=30_000)
+        return sorted(each.lease_id for each in asked("Revoke", words).leases)
+
+    assert revoked(operator, tenant="nobody") == []
+    assert revoked(operator, tenant="chosen", node_id="elsewhere") == []
+    assert revoked(second, tenant="chosen") == [two.lease_id]
+    assert revoked(operator, holder=one.holder) == [one.lease_id]
+    assert revoked(operator, tenant="chosen") == sorted([one.lease_id, two.lease_id])
+    assert first.get(one).stage == "revoke_warning"
+
+
+def test_a_revoked_key_ends_what_it_signed_and_signs_nothing_more(
+    fabric: Fabric, node: PaperNode
+) -> None:
+    operator, web = fabric.client("operator/alice"), fabric.holder()
+    before = web.acquire().lease
+    (key_id,) = before.key_ids
+    snapshot = partial(fabric.of_ledger(), "Snapshot", ledger_pb2.SnapshotRequest())
+    eventually(lambda: key_id in {key.key_id for key in snapshot().keys})
+    words = admission_pb2.RevokeRequest(
+        request_id="r",
+        reason="the key was seen elsewhere",
+        select=admission_pb2.LeaseSelector(key_id=key_id),
+    )
+    assert web.refused("Revoke", words).code == "ROLE"
+    assert [each.lease_id for each in operator("Revoke", words).leases] == [before.lease_id]
+    after = eventually(lambda: again(web))
+    assert len(after.lease.key_ids) == 1
+    assert key_id not in after.lease.key_ids
+    assert web.refused("Renew", of_lease(admission_pb2.RenewRequest, before)).code == "REVOKED"
+    assert web("Renew", of_lease(admission_pb2.RenewRequest, after.lease)).token
+
+
+def again(web: Client) -> Any:
+    """A lease, once another key signs its token."""
+    try:
+        return web.acquire()
+    except FabricError as refusal:
+        assert refusal.code == "RETRY_LATER"
+        return None
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"lease_ids": []}, "RANGE"), ({"lease_ids": ["a" * 32] * 257}, "RANGE"),
+        ({"lease_ids": []}, "INVALID"), ({"lease_ids": ["a" * 32] * 1025}, "RANGE"),
+        ({"select": {"tenant": "t"}}, "INVALID"),
+        ({"lease_ids": [], "select": {}}, "MISSING_FIELD"),
+        ({"lease_ids": [], "select": {"holder": "h"}}, "IDENTIFIER"),
+        ({"lease_ids": [], "select": {"key_id": "0" * 16}}, "NOT_FOUND"),
         ({"reason": "x" * 257}, "RANGE"), ({"reason": "a\nb"}, "RANGE"),
         ({"grace_ms": 600_001}, "RANGE"), ({"request_id": ""}, "IDENTIFIER"),
     ],

@@ -74,7 +74,7 @@ class Scribe:
     def send_receipt(self, receipt: ReceiptFacts) -> None:
         self.lines.append("receipt")
 
-    def report_bound(self, report: tuple[str, int, int]) -> None:
+    def report_bound(self, report: tuple[str, int, int, str]) -> None:
         self.lines.append("report")
 
     def forget_bound(self, lease_id: str) -> None: ...

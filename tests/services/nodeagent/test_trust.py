@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from grafos_core import jws
-from grafos_core.failure import Denied, Disconnected, FabricError
+from grafos_core.failure import Denied, Disconnected, FabricError, Revoked
 from grafos_core.token import audience_of
 from services.nodeagent.trust import ASK_MS, STRANGERS_MAX, TrustedKeys
 from tests.services.nodeagent.fabric import ADMISSION, OPERATOR, TRUST_DOMAIN, Signer
@@ -28,14 +28,14 @@ class Node:
     def _ask(self) -> None:
         self.asked += 1
 
-    def list_comes(self, *signers: Signer) -> None:
-        self.keys.replace([signer.published() for signer in signers], self.now_ms)
+    def list_comes(self, *signers: Signer, revoked: tuple[str, ...] = ()) -> None:
+        self.keys.replace([signer.published() for signer in signers], self.now_ms, revoked)
 
     def code(self, text: str) -> str:
         with pytest.raises(FabricError) as refusal:
             self.keys.accept(text, "k" * 43, self.now_ms)
-        kind = Disconnected if refusal.value.code == "RETRY_LATER" else Denied
-        assert isinstance(refusal.value, kind)
+        kinds = {"RETRY_LATER": Disconnected, "REVOKED": Revoked}
+        assert isinstance(refusal.value, kinds.get(refusal.value.code, Denied))
         return refusal.value.code
 
 
@@ -73,6 +73,16 @@ def test_a_key_is_unknown_when_the_next_list_does_not_have_it(
     assert node.code(signed(stranger)) == "TOKEN_CLAIM"
     node.list_comes(admission)
     assert node.code(signed(stranger)) == "TOKEN_KEY_UNKNOWN", "one that was taken away is"
+
+
+def test_what_a_revoked_key_has_signed_is_refused_as_revoked_from_the_next_list_on(
+    node: Node, admission: Signer
+) -> None:
+    other = Signer("lease", str(ADMISSION))
+    node.list_comes(admission)
+    node.list_comes(other, revoked=(admission.key_id,))
+    assert (node.code(signed(admission)), node.asked) == ("REVOKED", 0)
+    assert node.code(signed(other)) == "TOKEN_CLAIM"
 
 
 def test_a_key_with_another_owner_is_as_unknown(node: Node) -> None:
