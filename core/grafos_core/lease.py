@@ -49,6 +49,9 @@ AMOUNT_MAX: Final = 2**62
 BLOCK_BYTES: Final = 4096
 """Unit of block leases; amounts of other kinds are bytes, cores per mille or bits per second."""
 RECONNECT_MS_DEFAULT: Final = 5_000
+RETURN_MS: Final = 1_000
+"""A connection that is opened anew within it was never lost: connections are renewed by the minute,
+and whoever holds a lease moves from one kind to another."""
 KEY_IDS_MAX: Final = 8
 """Keys are changed by the month; a lease that has seen more was renewed for most of a year."""
 PAGE_BYTES: Final = 4096
@@ -131,7 +134,7 @@ class OnDisconnect(enum.StrEnum):
     GRACE = "grace"
     """It has `reconnect_ms` to come back."""
     RELEASE = "release"
-    """The lease ends at once."""
+    """The lease ends, unless it is back within `RETURN_MS`."""
     KEEP = "keep"
     """Nothing: the lease lives to its deadline, or to the end of the process."""
 

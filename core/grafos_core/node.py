@@ -30,7 +30,7 @@ from grafos_core.chain import EventKind
 from grafos_core.epochs import EpochWindow
 from grafos_core.failure import FabricError, invariant
 from grafos_core.gate import refused
-from grafos_core.lease import EndCause, Kind, LeaseId, OnDisconnect, OnHolderExit
+from grafos_core.lease import RETURN_MS, EndCause, Kind, LeaseId, OnDisconnect, OnHolderExit
 from grafos_core.node_effects import (
     Answer,
     Bound,
@@ -491,17 +491,16 @@ class NodeCore(Orders):
         effects = self.tick(now)
         for lease in self._of_session(session):
             at_once = lease.facts.policy.on_disconnect is OnDisconnect.RELEASE
-            if at_once and not lease.keep:
-                why = "the holder's connection is gone"
-                effects += self._end(lease, EndCause.DISCONNECTED, why, now)
-            else:
-                self._await_return(lease, now)
+            self._await_return(lease, now, RETURN_MS if at_once else None)
         return effects
 
     def session_back(self, session: str, now: Instant) -> list[Effect]:
+        """The holder is there again. What warned it may have been lost with its connection."""
         effects = self.tick(now)
         for lease in self._of_session(session):
             self._timers.cancel((lease.lease_id, Wake.RECONNECT))
+            if lease.revoking and lease.phase is Phase.LIVE:
+                effects.append(self._warning(lease, now))
         return effects
 
     def device_broken(self, lease_id: str, why: str, now: Instant) -> list[Effect]:

@@ -468,12 +468,14 @@ class Endings:
                 effects += self._go_on(lease, now)
         return effects
 
-    def _await_return(self, lease: NodeLease, now: Instant) -> None:
-        """The holder's connection is lost, by our doing or its own: it has time to come back."""
+    def _await_return(self, lease: NodeLease, now: Instant, within_ms: int | None = None) -> None:
+        """The holder's connection is lost, by our doing or its own: it has time to come back, its
+        policy's unless said."""
         wake, policy = (lease.lease_id, Wake.RECONNECT), lease.facts.policy
         keep = lease.keep or policy.on_disconnect is OnDisconnect.KEEP
         if not keep and wake not in self._timers:
-            self._timers.set(wake, now.boot_ms + policy.reconnect_ms)
+            within_ms = policy.reconnect_ms if within_ms is None else within_ms
+            self._timers.set(wake, now.boot_ms + within_ms)
 
     # Sealed, fenced, credited
 

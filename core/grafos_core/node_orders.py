@@ -101,11 +101,15 @@ class Orders(Endings):
         ]
         effects += self._refuse_raises(lease, "REVOKED", reason)
         if lease.session:
-            effects.append(
-                Notify(lease.lease_id, lease.session, "revoke_warning", reason, grace_ms)
-            )
+            effects.append(self._warning(lease, now))
         lease.reach(RevokeStage.GRACE_RUNNING)
         return [*effects, self._report(lease)]
+
+    def _warning(self, lease: NodeLease, now: Instant) -> Notify:
+        """With what is left of the grace."""
+        until_ms = self._timers.at_ms((lease.lease_id, Wake.GRACE)) or now.boot_ms
+        left_ms = max(0, until_ms - now.boot_ms)
+        return Notify(lease.lease_id, lease.session, "revoke_warning", lease.reason, left_ms)
 
     # Of the holder
 

@@ -16,6 +16,7 @@ from grafos._lease import Lease, duration_ms, not_there_yet
 from grafos_core import failure
 from grafos_core.lease import (
     AMOUNT_MAX,
+    RETURN_MS,
     TTL_MS_MAX,
     TTL_MS_MIN,
     OnDisconnect,
@@ -143,17 +144,17 @@ class Builder(Generic[L]):
         """What follows when the node loses sight of this process though it may live.
 
         Args:
-            what: `"release"`, the lease ends at once; `"keep"`, it lives to its deadline; or how
-                many seconds there are to come back, above 0 and at most 600. By default it is 5 s.
-                The end of the process is another matter: see `keep()`.
+            what: `"release"`, the lease ends, as soon as it is certain; `"keep"`, it lives to its
+                deadline; or how many seconds there are to come back, 1 to 600. By default it is
+                5 s. The end of the process is another matter: see `keep()`.
         """
         if isinstance(what, str):
             if what not in (OnDisconnect.RELEASE, OnDisconnect.KEEP):
                 raise failure.of("INVALID", "on_disconnect: 'release', 'keep', or seconds")
             return self._with(on_disconnect=what, reconnect_ms=0)
         grace_ms = duration_ms(what, "on_disconnect")
-        if not 0 < grace_ms <= RECONNECT_MS_MAX:
-            raise failure.of("RANGE", f"on_disconnect: up to {RECONNECT_MS_MAX // 1000} s")
+        if not RETURN_MS <= grace_ms <= RECONNECT_MS_MAX:
+            raise failure.of("RANGE", f"on_disconnect: 1 to {RECONNECT_MS_MAX // 1000} s")
         return self._with(on_disconnect=OnDisconnect.GRACE.value, reconnect_ms=grace_ms)
 
     def auto_renew(self) -> Self:

@@ -212,9 +212,7 @@ class NodeLine:
         self._find_port(bound)
         if bound.handover_path and os.path.exists(bound.handover_path):
             try:
-                return self._local(bound.handover_path).hand_over(
-                    bound.lease_id, bound.handover_secret
-                )
+                return self._hand_over(bound)
             except FabricError as refused:
                 if refused.code not in _TO_THE_STREAM:
                     raise
@@ -271,15 +269,24 @@ class NodeLine:
             if connects and self._port is None:
                 self._ways, self._port = connects, DataPort(first_of(*connects))
 
-    def _local(self, path: str) -> LocalSession:
+    def _hand_over(self, bound: Any) -> int | None:
+        """By the socket. The stream that stands is let go once its successor does."""
         with self._lock:
-            if isinstance(self._session, LocalSession) and not self._session.is_lost:
-                return self._session
-            session = LocalSession(path, self._session_id, self._tell)
-            before, self._session = self._session, session
-        if before is not None:
+            before = self._session
+            if not isinstance(before, LocalSession) or before.is_lost:
+                self._session = LocalSession(bound.handover_path, self._session_id, self._tell)
+            session = self._session
+        assert isinstance(session, LocalSession)
+        try:
+            descriptor = session.hand_over(bound.lease_id, bound.handover_secret)
+        except FabricError:
+            with self._lock:
+                if isinstance(before, StreamSession) and self._session is session:
+                    self._session = before
+            raise
+        if before is not None and before is not session:
             before.close()
-        return session
+        return descriptor
 
     def _open_stream(self) -> None:
         with self._lock:

@@ -9,7 +9,8 @@ the node's notices; on the node's own machine leased memory itself comes down it
 Rules. There is one session per process and node, for all its leases. A session that breaks ends no
 lease by itself: it is opened anew, and the holder's deadline stands. Every wait has an end. A local
 session has no thread: it is read by whoever calls `poll`. A stream needs one, since nothing else
-can wait for gRPC; it only passes notices on.
+can wait for gRPC, and another that ends it when the node has fallen silent; they only pass notices
+on.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ DESCRIPTORS_MAX: Final = 4
 """Room for more than the one that belongs to an answer, so that strangers are closed, not lost."""
 PACKETS_PER_POLL_MAX: Final = 256
 RECONNECT_MS_MIN, RECONNECT_MS_MAX = 50, 1_000
+SILENCE_MS_MAX: Final = 3_000
+"""A node says something on its stream each second; after so long without a word the stream is dead,
+although this end may not have been told."""
+LOOK_S: Final = 0.5
 
 
 class Session(Protocol):
@@ -164,10 +169,12 @@ class StreamSession:
         self._stopped = threading.Event()
         self._stands = threading.Event()
         self._call: Any = None
+        self._heard_ms = _clock.boot_ms()
         self._thread = threading.Thread(
             target=self._run, name=f"grafos-notices-{node_id}", daemon=True
         )
         self._thread.start()
+        threading.Thread(target=self._watch, name=f"grafos-silence-{node_id}", daemon=True).start()
 
     @property
     def is_lost(self) -> bool:
@@ -196,8 +203,10 @@ class StreamSession:
         pause_ms = RECONNECT_MS_MIN
         while not self._stopped.is_set():
             try:
+                self._heard_ms = _clock.boot_ms()
                 self._call = self._open_stream()
                 for message in self._call:
+                    self._heard_ms = _clock.boot_ms()
                     pause_ms = RECONNECT_MS_MIN
                     self._stands.set()
                     if message.lease_id:
@@ -207,6 +216,13 @@ class StreamSession:
             self._stands.clear()
             self._stopped.wait(pause_ms / 1000)
             pause_ms = min(pause_ms * 2, RECONNECT_MS_MAX)
+
+    def _watch(self) -> None:
+        """End a stream on which nothing comes any more: `_run` then opens the next one."""
+        while not self._stopped.wait(LOOK_S):
+            call = self._call
+            if call is not None and _clock.boot_ms() - self._heard_ms > SILENCE_MS_MAX:
+                call.cancel()
 
 
 def _received(link: socket.socket) -> tuple[bytes, list[int], int]:

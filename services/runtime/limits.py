@@ -39,6 +39,10 @@ class Limits:
     such as the certificate authority, is checked again after this."""
     connection_age_grace_ms: int = 1_000
     connection_idle_ms_max: int = 60_000
+    silence_ms_max: int = 3_000
+    """A peer that takes nothing of what is sent to it for so long is gone: its host, or the way."""
+    ping_ms: int = 5_000
+    """A connection with calls on which nothing comes is asked whether it stands, this often."""
     ping_interval_ms_min: int = 10_000
     ping_strikes_max: int = 2
     first_message_ms_max: int = 2_000
@@ -64,6 +68,9 @@ class Limits:
             ("grpc.max_connection_age_ms", self.connection_age_ms_max),
             ("grpc.max_connection_age_grace_ms", self.connection_age_grace_ms),
             ("grpc.max_connection_idle_ms", self.connection_idle_ms_max),
+            ("grpc.keepalive_time_ms", self.ping_ms),
+            ("grpc.keepalive_timeout_ms", self.silence_ms_max),
+            ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_recv_ping_interval_without_data_ms", self.ping_interval_ms_min),
             ("grpc.http2.max_ping_strikes", self.ping_strikes_max),
             ("grpc.so_reuseport", 0),

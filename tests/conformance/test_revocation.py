@@ -128,7 +128,7 @@ def test_leases_are_chosen_by_holder_and_node_and_each_has_its_outcome(
             each.mem().read(0, 1)
 
 
-@pytest.mark.parametrize("bad", ["now", -1, 0, 601, True])
+@pytest.mark.parametrize("bad", ["now", -1, 0, 0.9, 601, True])
 def test_on_disconnect_takes_two_words_and_seconds(bad: object) -> None:
     with pytest.raises(Incompatible):
         page().on_disconnect(bad)  # type: ignore[arg-type]

@@ -13,6 +13,9 @@ from tests.chaos.machine import processes_naming
 from tests.integration.town import SERVED, Refused, Town, Visitor, town_in
 
 TTL_S = 3.0
+NOTICED_S = 4.0
+"""After a cut: the node says something each second, and gives a peer 3 s to take it."""
+SLACK_S = 2.0
 BACK_S_MAX = 30.0
 
 
@@ -62,6 +65,7 @@ def test_every_member_another_user_in_another_network(tmp_path: Path) -> None:
         for node in ("n1", "n2"):
             use_and_give_back(holder, "mem", node, "port")
             use_and_give_back(holder, "block", node, "port")
+        holder_cut_off_and_healed(town, holder)
         cut_off_and_healed(town, holder, operator)
         assert eventually(lambda: all_free(operator, town))
         assert town.stop() == dict.fromkeys(SERVED, 0)
@@ -113,6 +117,32 @@ def assert_apart(town: Town, holder: Visitor) -> None:
     assert len({each["net"] for each in seen} | {own}) == 7
 
 
+def holder_cut_off_and_healed(town: Town, holder: Visitor) -> None:
+    """The node sees no end of the connection, only that nobody takes what it says."""
+    there = town.members["n2"].control
+    leases = {
+        what: holder("acquire", kind="mem", node="n2", ttl=60, on_disconnect=what)["lease_id"]
+        for what in ("release", 6, "keep")
+    }
+    at_n2 = town.visit("operator", at="n2")
+
+    def living() -> set[str | int]:
+        alive = _live(at_n2, there, "n2")
+        return {what for what, lease_id in leases.items() if lease_id in alive}
+
+    assert living() == {"release", 6, "keep"}
+    town.cut("holder")
+    assert eventually(lambda: living() == {6, "keep"}, NOTICED_S + 1 + SLACK_S)
+    town.heal("holder")
+    time.sleep(6)
+    assert living() == {6, "keep"}, "it was back in time, without having been asked anything"
+    with pytest.raises(Refused) as refused:
+        holder("read", lease_id=leases["release"], length=14)
+    assert refused.value.failure == "LeaseExpired"
+    for what in (6, "keep"):
+        assert holder("release", lease_id=leases[what])["credited"] is True
+
+
 def cut_off_and_healed(town: Town, holder: Visitor, operator: Visitor) -> None:
     n1, ledger = town.members["n1"], town.members["ledger"].endpoint
     lost = {
@@ -153,8 +183,8 @@ def cut_off_and_healed(town: Town, holder: Visitor, operator: Visitor) -> None:
     assert holder("release", lease_id=kept)["credited"] is True
 
 
-def _live(at_node: Visitor, endpoint: str) -> set[str]:
-    stages = at_node("node", endpoint=endpoint, node_id="n1")
+def _live(at_node: Visitor, endpoint: str, node_id: str = "n1") -> set[str]:
+    stages = at_node("node", endpoint=endpoint, node_id=node_id)
     return {lease_id for lease_id, stage in stages.items() if stage == "live"}
 
 

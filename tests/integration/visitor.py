@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +49,9 @@ class Visit:
         return {"uid": os.getuid(), "net": os.readlink("/proc/self/ns/net"), "pid": os.getpid()}
 
     def do_acquire(
-        self, kind: str, node: str, ttl: float, wait: float = 0, amount: int = 0
-    ) -> dict[str, Any]:
+        self, kind: str, node: str, ttl: float, wait: float = 0, amount: int = 0,
+        on_disconnect: str | float = "",
+    ) -> dict[str, Any]:  # fmt: skip
         if self._fabric is None:
             self._fabric = grafos.connect()
         builder: Any
@@ -58,6 +60,7 @@ class Visit:
         else:
             builder = BlockBuilder().min_blocks(amount or 8)
         made = builder.where(node=node).lease_secs(ttl).fabric(self._fabric)
+        made = made.on_disconnect(on_disconnect) if on_disconnect else made
         lease = (made.wait(wait) if wait else made).acquire()
         self._leases[lease.lease_id] = lease
         far = "rpc" if lease._grip.node.port is None else "port"
@@ -83,6 +86,16 @@ class Visit:
     def do_release(self, lease_id: str) -> dict[str, Any]:
         receipt = self._leases.pop(lease_id).release()
         return {"outcome": receipt.outcome, "credited": receipt.credited}
+
+    def do_hang_up(self) -> None:
+        """The connection to the node ends, as if cut; nothing is done about it before `poll`."""
+        assert self._fabric is not None
+        for line in self._fabric._nodes.values():
+            line._session._socket.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
+
+    def do_poll(self) -> None:
+        assert self._fabric is not None
+        self._fabric.poll()
 
     def do_use(self, lease_id: str, verb: str) -> dict[str, Any]:
         """One operation on all of it, over and over until it is refused.

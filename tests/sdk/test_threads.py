@@ -5,12 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from grafos import BlockBuilder, FabricError, LeaseExpired, MemBuilder
 from grafos._connection import Fabric
+from grafos_core.lease import RETURN_MS
+from services.runtime.clock import SYSTEM
+from services.runtime.server import Limits
 from tests.sdk.world import World
 
 THREADS = 8
@@ -138,6 +143,43 @@ def test_a_remote_holders_session_is_a_stream(world: World, fabric: Fabric) -> N
                 break
             end.wait(0.01)
         assert [each.kind for each in heard] == ["revoke_warning"]
+
+
+def test_who_moves_from_the_stream_to_the_socket_is_there_all_the_time(
+    world: World, fabric: Fabric
+) -> None:
+    away = world.handover_path.with_name("away")
+    world.handover_path.rename(away)
+    page = MemBuilder().fabric(fabric).min_bytes(4096)
+    with page.acquire() as far:
+        until(lambda: "session_back" in world.control.asked)
+        away.rename(world.handover_path)
+        with page.acquire() as near:
+            assert (far.mem().path, near.mem().path) == ("rpc", "shared")
+        threading.Event().wait(0.1)
+        sessions = [each for each in world.control.asked if each.startswith("session")]
+        assert sessions == ["session_back"]
+
+
+def test_a_connection_that_the_node_renews_is_not_lost_for_long(tmp_path: Path) -> None:
+    """No connection grows older than a minute; a lease that ends with its connection lives on."""
+    world = World(tmp_path, replace(Limits(), connection_age_ms_max=700))
+    world.handover_path.unlink()
+    page = MemBuilder().fabric(world.fabric()).min_bytes(4096)
+    with page.acquire():
+        until(lambda: "session_lost" in world.control.asked)
+        lost_ms = SYSTEM.boot_ms()
+        until(lambda: world.control.asked.count("session_back") == 2)
+        assert SYSTEM.boot_ms() - lost_ms < RETURN_MS // 2
+    world.close()
+
+
+def until(so: Callable[[], bool]) -> None:
+    for _ in range(500):
+        if so():
+            return
+        threading.Event().wait(0.01)
+    pytest.fail("it did not come to that")
 
 
 def test_a_session_that_breaks_is_opened_anew_and_ends_no_lease(

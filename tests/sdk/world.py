@@ -46,7 +46,7 @@ from services.nodeagent.sessions import News, Sessions
 from services.runtime import calls
 from services.runtime.clock import SYSTEM
 from services.runtime.logs import Log
-from services.runtime.server import Listener, Service, serve
+from services.runtime.server import Limits, Listener, Service, serve
 
 TRUST_DOMAIN = "test.local"
 INCARNATION = "ab" * 16
@@ -390,8 +390,8 @@ class Control:
 class World:
     """Authority, admission and one node; `fabric()` connects to them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, limits: Limits | None = None) -> None:
+        self.folder, self._limits = folder, limits or Limits()
         self.authority = Authority.init(
             folder / "ca", trust_domain=TRUST_DOMAIN, now_ms=SYSTEM.wall_ms()
         )
@@ -488,8 +488,9 @@ class World:
 
     def _serve(self, who: Identity, name: str, register: Any, servicer: Any) -> Any:
         shown = self.credentials(who)
+        service = Service(f"grafos.v1.{name}", register, servicer)
         return serve(
-            [Listener("127.0.0.1:0", [Service(f"grafos.v1.{name}", register, servicer)])],
+            [Listener("127.0.0.1:0", [service], limits=self._limits)],
             provider=lambda: shown,
             trust_domain=TRUST_DOMAIN,
             log=Log("test", stream=io.StringIO()),
