@@ -469,8 +469,7 @@ class Endings:
         return effects
 
     def _await_return(self, lease: NodeLease, now: Instant, within_ms: int | None = None) -> None:
-        """The holder's connection is lost, by our doing or its own: it has time to come back, its
-        policy's unless said."""
+        """The holder's connection is lost: it has time to come back, its policy's unless said."""
         wake, policy = (lease.lease_id, Wake.RECONNECT), lease.facts.policy
         keep = lease.keep or policy.on_disconnect is OnDisconnect.KEEP
         if not keep and wake not in self._timers:
