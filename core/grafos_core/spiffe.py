@@ -105,6 +105,11 @@ def parse_id(text: str) -> Identity:
     raise failure.of("IDENTIFIER", "not the id of a holder, node, service or operator")
 
 
+def is_below(spiffe_id: str, prefix: str) -> bool:
+    """Whether an id begins with these whole segments: user 1 is no beginning of user 10."""
+    return not prefix or f"{spiffe_id}/".startswith(f"{prefix.rstrip('/')}/")
+
+
 def server_name(identity: Identity) -> str:
     """The DNS name under which a node or service proves itself to its callers.
 

@@ -31,7 +31,7 @@ from grafos._node import NodeLine
 from grafos._notice import Notice
 from grafos._pulse import Pulse
 from grafos._receipt import NodeKey, TeardownReceipt, from_slip
-from grafos._revocation import Revocation, revoke_chosen, revoke_named
+from grafos._revocation import Revocation, revocations
 from grafos_core import failure, lease
 from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
 from grafos_core.holder import HolderLease
@@ -156,7 +156,9 @@ class Fabric:
         grace: float | timedelta = 0,
         tenant: str = "",
         holder: str = "",
+        holder_prefix: str = "",
         node: str = "",
+        kind: str | None = None,
         key: str = "",
     ) -> list[Revocation]:
         """Take leases back: one's own, or any for an operator.
@@ -164,6 +166,7 @@ class Fabric:
         Args:
             lease_ids: which; or choose by the other arguments, which all must fit.
             reason: recorded, and told to the holder.
+            holder_prefix: whole segments of a SPIFFE id, for all processes of a user.
             grace: for how many seconds they still work, after a notice; never past their deadline.
                 Ordered again, it may become shorter, and never longer.
             key: id of a signing key; the leases of which it signed a token. It signs nothing from
@@ -172,18 +175,15 @@ class Fabric:
         Returns:
             What became of the order for each lease: the lease, or why it was refused.
         """
-        order = admission_pb2.RevokeRequest(reason=reason, grace_ms=duration_ms(grace, "grace"))
-        select = admission_pb2.LeaseSelector(tenant=tenant, holder=holder, node_id=node, key_id=key)
-
-        def ask(request: admission_pb2.RevokeRequest) -> admission_pb2.RevokeResponse:
-            answer: admission_pb2.RevokeResponse = self._ask("Revoke", request, ANSWER_MS_MAX)
-            return answer
-
-        if select.ByteSize():
-            if lease_ids:
-                raise failure.of("INVALID", "lease ids or a selector, not both")
-            return revoke_chosen(ask, order, select)
-        return revoke_named(ask, order, [lease.check_lease_id(each) for each in lease_ids])
+        chosen = {
+            "tenant": tenant, "holder": holder, "holder_prefix": holder_prefix, "node": node,
+            "kind": kind or "", "key": key,
+        }  # fmt: skip
+        named = [lease.check_lease_id(each) for each in lease_ids]
+        return revocations(
+            lambda request: self._ask("Revoke", request, ANSWER_MS_MAX),
+            named, chosen, reason, duration_ms(grace, "grace"),
+        )  # fmt: skip
 
     def close(self) -> None:
         """Give back what is held and not meant to outlive its holder; end all connections."""

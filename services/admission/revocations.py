@@ -53,12 +53,16 @@ class Revocations:
         """In the order of their ids, so that a page says where the next one begins."""
         select = request.select
         asked = admission_pb2.ListLeasesRequest(
-            tenant=select.tenant, holder=select.holder, node_id=select.node_id, after=request.after
-        )
+            kind=select.kind, tenant=select.tenant, holder=select.holder, node_id=select.node_id,
+            after=request.after,
+        )  # fmt: skip
+        own = peer().identity.tenant or ""
+        if own and select.tenant not in ("", own):
+            return
+        asked.tenant = own or select.tenant
         for page in self._ledger.pages(asked):
             for lease in page.leases:
-                signed = select.key_id in ("", *lease.key_ids)
-                if signed and _is_revocable(lease) and sees(lease):
+                if _fits(lease, select) and sees(lease):
                     yield lease.lease_id
 
     def _end(
@@ -98,10 +102,8 @@ def _check(request: admission_pb2.RevokeRequest) -> None:
         raise failure.of("INVALID", "lease_ids or select, one of them")
     if len(request.lease_ids) > IDS_MAX:
         raise failure.of("RANGE", f"lease_ids: at most {IDS_MAX}")
-    if request.HasField("select") and not any(
-        (select.tenant, select.holder, select.node_id, select.key_id)
-    ):
-        raise failure.of("MISSING_FIELD", "select: tenant, holder, node_id or key_id")
+    if request.HasField("select") and not select.ListFields():
+        raise failure.of("MISSING_FIELD", "select: tenant, holder, node_id, key_id, kind, …")
     if select.key_id and who.role is not Role.OPERATOR:
         raise failure.of("ROLE", "signing keys are for operators")
     if select.holder:
@@ -121,6 +123,13 @@ def _end_command(request: admission_pb2.RevokeRequest, lease_id: str) -> ledger_
             tenant=who.tenant or "", holder=str(who) if who.role is Role.HOLDER else "",
         )
     )  # fmt: skip
+
+
+def _fits(lease: lease_pb2.Lease, select: admission_pb2.LeaseSelector) -> bool:
+    """In what the ledger's list has not asked for."""
+    signed = select.key_id in ("", *lease.key_ids)
+    below = spiffe.is_below(lease.holder, select.holder_prefix)
+    return signed and below and _is_revocable(lease)
 
 
 def _is_revocable(lease: lease_pb2.Lease) -> bool:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 
-from grafos import Incompatible, LeaseStatus, MemBuilder, MemLease, Notice, Revoked
+from grafos import (
+    Denied,
+    Fabric,
+    Incompatible,
+    LeaseStatus,
+    MemBuilder,
+    MemLease,
+    Notice,
+    Revocation,
+    Revoked,
+)
+from grafos.testing import VirtualFabric
+from grafos_proto.wire import certificates
+from grafos_proto.wire.identity import request_identity
 from tests.conformance.conftest import Running
 
 LetPass = Callable[[float], None]
@@ -120,12 +134,66 @@ def test_leases_are_chosen_by_holder_and_node_and_each_has_its_outcome(
     assert first.lease is not None
     assert second.failure is not None
     assert (second.lease_id, second.lease, second.failure.code) == (unknown, None, "NOT_FOUND")
-    taken = connection.revoke(holder=connection.identity, node="n1")
+    assert connection.revoke(holder=connection.identity, kind="block") == []
+    assert connection.revoke(holder_prefix=connection.identity[:-1]) == []
+    user = connection.identity.rpartition("/")[0]
+    taken = connection.revoke(holder_prefix=user, kind="mem", node="n1")
     assert {each.lease_id for each in taken} >= {each.lease_id for each in leases[1:]}
     for each in leases:
         until(lambda lease=each: not lease.valid)  # type: ignore[misc]
         with pytest.raises(Revoked):
             each.mem().read(0, 1)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"kind": "tape"}])
+def test_a_revocation_says_which_leases(running: Running, wrong: dict[str, str]) -> None:
+    with pytest.raises(Incompatible):
+        by_operator(running, **wrong)
+    with pytest.raises(Incompatible):
+        running.connection.revoke("f" * 32, kind="mem")
+    with pytest.raises(Incompatible):
+        running.connection.revoke()
+
+
+def by_operator(running: Running, **chosen: str) -> list[Revocation]:
+    if isinstance(running, VirtualFabric):
+        return running.revoke(None, "drill", 0, **chosen)
+    where = running.description
+    now_ms = time.time_ns() // 1_000_000
+    key = certificates.new_tls_key()
+    shown = request_identity(where.identity_socket, key, "operator", now_ms=now_ms)
+    operator = Fabric(where.admission_control, lambda: shown)
+    try:
+        return operator.revoke(reason="drill", **chosen)  # type: ignore[arg-type]
+    finally:
+        operator.close()
+
+
+def test_a_signing_key_is_revoked_with_what_it_signed_and_another_signs_from_then_on(
+    running: Running,
+) -> None:
+    before = page().acquire()
+    before.renew()
+    connection = running.connection
+    (key_id,) = connection.describe(before.lease_id).key_ids
+    with pytest.raises(Denied) as refused:
+        connection.revoke(key=key_id)
+    assert refused.value.code == "ROLE"
+    with pytest.raises(Denied) as refused:
+        by_operator(running, key="0" * 16)
+    assert refused.value.code == "NOT_FOUND"
+    assert [each.lease_id for each in by_operator(running, key=key_id)] == [before.lease_id]
+    assert by_operator(running, key=key_id) == []
+    with pytest.raises(Revoked):
+        before.renew()
+    with pytest.raises(Revoked):
+        before.mem().read(0, 1)
+    with page().acquire() as after:
+        after.renew()
+        (other,) = connection.describe(after.lease_id).key_ids
+        assert other != key_id
+        after.mem().write(0, b"under the new key")
+    assert after.release().verify(connection.keys()).credited
 
 
 @pytest.mark.parametrize("bad", ["now", -1, 0, 0.9, 601, True])

@@ -531,12 +531,17 @@ class LeaseSelector(_message.Message):
     HOLDER_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
     KEY_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    HOLDER_PREFIX_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
     holder: _builtins.str
     """SPIFFE id"""
     node_id: _builtins.str
     key_id: _builtins.str
     """that signed a token of theirs; it is revoked first, by operators"""
+    kind: _lease_pb2.Kind.ValueType
+    holder_prefix: _builtins.str
+    """whole segments of a SPIFFE id: of one user, of one tenant"""
     def __init__(
         self,
         *,
@@ -544,10 +549,12 @@ class LeaseSelector(_message.Message):
         holder: _builtins.str = ...,
         node_id: _builtins.str = ...,
         key_id: _builtins.str = ...,
+        kind: _lease_pb2.Kind.ValueType = ...,
+        holder_prefix: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "key_id", b"key_id", "node_id", b"node_id", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "holder_prefix", b"holder_prefix", "key_id", b"key_id", "kind", b"kind", "node_id", b"node_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -17,7 +17,7 @@ from grafos._cli import settings
 from grafos._cli.cluster import running
 from grafos._cluster.description import ClusterDescription
 from grafos_core import failure
-from grafos_core.spiffe import Identity, Role
+from grafos_core.spiffe import Identity, Role, is_below
 from grafos_proto.v1 import (
     admission_pb2,
     admission_pb2_grpc,
@@ -150,11 +150,6 @@ class Operator:
 def new_request_id() -> str:
     """One that nobody else has; retries of one command carry the same."""
     return secrets.token_hex(16)
-
-
-def is_below(holder: str, prefix: str) -> bool:
-    """Whether a SPIFFE id begins with these whole segments: user 1 is no beginning of user 10."""
-    return not prefix or f"{holder}/".startswith(f"{prefix.rstrip('/')}/")
 
 
 def kind_name(number: int) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -101,7 +101,7 @@ class Agent:
         self.failing_binds = 0
         self.sessions: dict[str, deque[Notice]] = {}
         self._keys = jws.Keys()
-        self._keys.add(jws.LEASE, control.token_key.key_id, control.token_key.verify)
+        self._revoked_keys: frozenset[str] = frozenset()
         self._batches: list[Batch] = []
         self._boot_epoch, self._head, self._number = 0, bytes(32), 0
         self._time_floor_ms = 0
@@ -203,6 +203,7 @@ class Agent:
         if self._wants_live:
             live = tuple(c.LiveLease(*lease) for lease in self.core.live())
         owed, self._wants_live = self._control.register(self._registration(live))
+        self.trust(self._control.token_key, self._control.lessor.state.revoked_keys)
         self._verb(self.core.heard(0, self._time.instant))
         reports, self._reports = self._reports, []
         for report in reports:
@@ -269,13 +270,26 @@ class Agent:
             raise result
         return result
 
+    def trust(self, key: SigningKey, revoked: Iterable[str]) -> None:
+        """Tokens by this key, and by none that is revoked."""
+        self._revoked_keys = frozenset(revoked)
+        for key_id in self._revoked_keys:
+            self._keys.retire(jws.LEASE, key_id)
+        self._keys.add(jws.LEASE, key.key_id, key.verify)
+
     def accept(self, token: str, who: Caller) -> LeaseToken:
         """The token, if it is for this node, this moment and this holder."""
-        return tokens.accept(
-            token, self._keys, issuer=ISSUER,
-            audience=audience_of(self.node_id, self.incarnation), holder_thumbprint=who.key,
-            now_ms=self._time.now_ms,
-        )  # fmt: skip
+        try:
+            return tokens.accept(
+                token, self._keys, issuer=ISSUER,
+                audience=audience_of(self.node_id, self.incarnation), holder_thumbprint=who.key,
+                now_ms=self._time.now_ms,
+            )  # fmt: skip
+        except FabricError as refused:
+            if refused.code == "TOKEN_KEY_UNKNOWN" and self._revoked_keys:
+                why = "the key that signed the token is revoked"
+                raise failure.of("REVOKED", why) from refused
+            raise
 
     def slice_of(self, facts: BoundFacts) -> Slice:
         return self._slices[facts.lease_id, facts.epoch]

@@ -38,7 +38,7 @@ from grafos_core.lease import (
 from grafos_core.lessor import Lessor, ended_failure, principal
 from grafos_core.quota import Limit
 from grafos_core.receipt import Outcome, TeardownReceipt
-from grafos_core.spiffe import Identity, Role
+from grafos_core.spiffe import Identity, Role, is_below, parse_id
 from grafos_core.token import LEASE, LeaseToken, audience_of, mint
 from grafos_proto.v1 import admission_pb2, lease_pb2
 from grafos_proto.wire import convert, failures
@@ -102,6 +102,15 @@ class Control:
     @property
     def now_ms(self) -> int:
         return self._time.now_ms
+
+    def start(self) -> None:
+        """Publish the key that tokens are signed with; nodes take it from here."""
+        key = self.token_key
+        published = c.PublishedKey(key.key_id, ISSUER, "lease", key.public)
+        self._step(self.lessor.handle(c.PublishKey(published), self.now_ms))
+        for agent in self.agents.values():
+            if agent.hears_control:
+                agent.trust(key, self.lessor.state.revoked_keys)
 
     def do(self, command: c.Command) -> Lease:
         """The lease that the command is about, as it is now.
@@ -209,7 +218,7 @@ class Control:
             ask.request_id, LeaseId(hex_of(self._dice)), who.tenant, who.name, who.key, ask.kind,
             place.node_id, place.incarnation, place.amount, request.ttl_ms or TTL_MS_DEFAULT,
             request.lifetime_ms or None, TOKEN_MS_DEFAULT, ask.policy,
-            f"admit {place.node_id}: {place.reason}",
+            f"admit {place.node_id}: {place.reason}", self.token_key.key_id,
         )  # fmt: skip
         try:
             return self.do(grant)
@@ -221,15 +230,17 @@ class Control:
         return self._answer(
             self.do(
                 c.Attach(
-                    request.request_id, lease_id, who.tenant, who.name, who.key, TOKEN_MS_DEFAULT
+                    request.request_id, lease_id, who.tenant, who.name, who.key, TOKEN_MS_DEFAULT,
+                    self.token_key.key_id,
                 )
             )
-        )
+        )  # fmt: skip
 
     def _renew(self, request: Any, who: Caller) -> Any:
         lease_id = check_lease_id(request.lease_id)
         ttl_ms = request.ttl_ms or None
-        lease = self.do(c.Renew(request.request_id, lease_id, ttl_ms, who.tenant, who.name))
+        key_id = self.token_key.key_id
+        lease = self.do(c.Renew(request.request_id, lease_id, ttl_ms, who.tenant, who.name, key_id))
         answer = self._answer(lease)
         return admission_pb2.RenewResponse(lease=answer.lease, token=answer.token)
 
@@ -238,6 +249,9 @@ class Control:
         return admission_pb2.ReleaseResponse(lease=convert.lease_to_proto(lease))
 
     def _revoke(self, request: Any, who: Caller) -> Any:
+        _check_selection(request, who)
+        if request.select.key_id:
+            self._revoke_key(request.select.key_id, request.reason)
         answer = admission_pb2.RevokeResponse()
         for lease_id in request.lease_ids or self._chosen(request.select, who):
             try:
@@ -249,14 +263,26 @@ class Control:
         return answer
 
     def _chosen(self, select: Any, who: Caller) -> list[str]:
-        if select.key_id:
-            raise failure.of("OPTION", "there is one signing key here, and it is not revoked")
-        return [
+        kind = convert.kind_from_proto(select.kind) if select.kind else None
+        return sorted(
             each.lease_id for each in self.lessor.state.leases.values()
             if who.sees(each) and each.stage in (RevokeStage.ACTIVE, *IN_GRACE)
             and select.tenant in ("", each.tenant) and select.holder in ("", each.holder)
-            and select.node_id in ("", each.node_id)
-        ]  # fmt: skip
+            and select.node_id in ("", each.node_id) and kind in (None, each.kind)
+            and select.key_id in ("", *each.key_ids) and is_below(each.holder, select.holder_prefix)
+        )  # fmt: skip
+
+    def _revoke_key(self, key_id: str, reason: str) -> None:
+        """It signs no more, and no node takes it; from now on there is another."""
+        with self._time.lock:
+            step = self._step(
+                self.lessor.handle(c.RevokeKey(key_id, reason, OPERATOR), self.now_ms)
+            )
+            if step.failure is not None:
+                raise step.failure
+            if key_id == self.token_key.key_id:
+                self.token_key = SigningKey.draw(self._dice)
+                self.start()
 
     def _end(self, request: Any, lease_id: str, cause: EndCause, who: Caller) -> c.End:
         check_request_id(request.request_id)
@@ -303,6 +329,7 @@ class Control:
                     key_id=key.key_id, owner=key.owner, use=key.use, public_key=key.public_key
                 )
                 for key in self.lessor.state.keys.values()
+                if key.use == "receipt"
                 if not request.node_id or key.owner.endswith(f"/node/{request.node_id}")
             ]
         )
@@ -344,11 +371,10 @@ class Control:
             )
         )  # fmt: skip
 
-    def revoke(self, lease_id: str, reason: str, grace_ms: int) -> Lease:
-        cause, lease_id = EndCause.REVOKED, check_lease_id(lease_id)
-        return self.do(
-            c.End(hex_of(self._dice), LeaseId(lease_id), cause, OPERATOR, reason, grace_ms)
-        )
+    def revoke(self, order: Any) -> Any:
+        """A `RevokeRequest`, as if an operator had sent it."""
+        order.request_id = hex_of(self._dice)
+        return self._revoke(order, Caller(parse_id(OPERATOR), ""))
 
     def set_quota(self, tenant: str, kind: Kind, limit: Limit) -> None:
         with self._time.lock:
@@ -357,6 +383,16 @@ class Control:
             )
             if step.failure is not None:
                 raise step.failure
+
+
+def _check_selection(request: Any, who: Caller) -> None:
+    check_request_id(request.request_id)
+    if bool(request.lease_ids) is request.HasField("select"):
+        raise failure.of("INVALID", "lease_ids or select, one of them")
+    if request.HasField("select") and not request.select.ListFields():
+        raise failure.of("MISSING_FIELD", "select: tenant, holder, node_id, key_id, kind, …")
+    if request.select.key_id and not who.is_operator:
+        raise failure.of("ROLE", "signing keys are for operators")
 
 
 def _read(request: Any) -> placement.Request:

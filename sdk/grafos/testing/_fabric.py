@@ -20,6 +20,7 @@ from grafos._cluster.layout import parse_size
 from grafos._connection import Fabric, _open
 from grafos._lease import Lease, duration_ms
 from grafos._memory import MemBuilder
+from grafos._revocation import Revocation, revocations
 from grafos.testing._agent import Agent
 from grafos.testing._control import TRUST_DOMAIN, Caller, Control
 from grafos.testing._time import TIME, VirtualTime
@@ -126,6 +127,7 @@ class VirtualFabric:
         self._is_open = True
         TIME.join(self)
         with TIME.lock:
+            self._control.start()
             for agent in self._control.agents.values():
                 agent.start()
         opened.add(self)
@@ -327,10 +329,22 @@ class VirtualFabric:
 
     # Authority and others
 
-    def revoke(self, lease: str | Lease, reason: str = "", grace: float | timedelta = 0) -> None:
-        """As an operator: with a warning and some time, or at once."""
+    def revoke(
+        self,
+        lease: str | Lease | None = None,
+        reason: str = "",
+        grace: float | timedelta = 0,
+        **chosen: str,
+    ) -> list[Revocation]:
+        """As an operator: with a warning and some time, or at once.
+
+        One lease, or all that are chosen by `tenant`, `holder`, `holder_prefix`, `node`, `kind` or
+        `key`, as with `Fabric.revoke`; what became of each order.
+        """
         lease_id = lease.lease_id if isinstance(lease, Lease) else lease
-        self._control.revoke(lease_id, reason, duration_ms(grace, "grace"))
+        named = [] if lease_id is None else [core.check_lease_id(lease_id)]
+        grace_ms = duration_ms(grace, "grace")
+        return revocations(self._control.revoke, named, chosen, reason, grace_ms)
 
     def clear_fence(
         self, lease: str | Lease, reason: str, *, accept_residue: bool = False

@@ -361,13 +361,16 @@ def test_leases_are_chosen_by_tenant_holder_and_node_and_only_ones_own(shared: F
     second = shared.holder("two", tenant="chosen")
     one, two = first.acquire().lease, second.acquire().lease
 
-    def revoked(asked: Client, **select: str) -> list[str]:
+    def revoked(asked: Client, **select: Any) -> list[str]:
         chosen = admission_pb2.LeaseSelector(**select)
         words = admission_pb2.RevokeRequest(request_id="r", select=chosen, grace_ms=30_000)
         return sorted(each.lease_id for each in asked("Revoke", words).leases)
 
     assert revoked(operator, tenant="nobody") == []
     assert revoked(operator, tenant="chosen", node_id="elsewhere") == []
+    assert revoked(operator, tenant="chosen", kind=lease_pb2.KIND_BLOCK) == []
+    assert revoked(operator, holder_prefix=one.holder[:-1]) == []
+    assert revoked(second, tenant="elsewhere") == []
     assert revoked(second, tenant="chosen") == [two.lease_id]
     assert revoked(operator, holder=one.holder) == [one.lease_id]
     assert revoked(operator, tenant="chosen") == sorted([one.lease_id, two.lease_id])
