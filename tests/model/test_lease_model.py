@@ -11,6 +11,7 @@ import pytest
 
 from tests.model import __main__ as program
 from tests.model.clock_model import ClockModel, Timing
+from tests.model.key_model import KeyCare, KeyModel
 from tests.model.lease_model import LAW_3, SLOT, Defences, LeaseModel
 from tests.model.revoke_model import Grace, RevokeModel
 from tests.model.search import Action, Step, World, follow, search
@@ -55,6 +56,9 @@ REVOKE_VERBS = {
     *["order", "hear", "report", "tick", "operate", "operation_lands", "renew"],
     *["checkpoint_done", "grace_over", "deadline", "quiesce", "measure"],
 }
+KEY_VERBS = {
+    *["begin", "finish", "change_key", "grant", "renew", "mint", "ask_again", "hear", "forge"],
+}
 
 
 @functools.cache
@@ -76,7 +80,7 @@ def test_each_variant_has_its_verdict(variant: Variant) -> None:
 
 def test_every_defence_is_taken_away_in_some_variant() -> None:
     """A defence that no variant removes has never been shown to be needed."""
-    kinds = (Defences, Timing, Grace)
+    kinds = (Defences, Timing, Grace, KeyCare)
     unproved = {name for kind in kinds for name in kind.__dataclass_fields__}
     unproved.discard("last_tick")
     for variant in VARIANTS:
@@ -94,6 +98,7 @@ def test_every_defence_is_taken_away_in_some_variant() -> None:
         ("amount: all defences, two leases at once", LEASE_VERBS - {"operation_lands"}),
         ("clock: all defences, renewals", CLOCK_VERBS),
         ("revocation: all defences", REVOKE_VERBS),
+        ("key: all defences", KEY_VERBS),
     ],
 )
 def test_nothing_is_safe_only_because_it_never_happens(label: str, verbs: set[str]) -> None:
@@ -118,7 +123,12 @@ def test_a_log_that_credits_before_the_seal_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "world",
-    [LeaseModel(SLOT, Defences()), ClockModel(Timing(last_tick=5)), RevokeModel(Grace())],
+    [
+        LeaseModel(SLOT, Defences()),
+        ClockModel(Timing(last_tick=5)),
+        RevokeModel(Grace()),
+        KeyModel(KeyCare()),
+    ],
 )
 def test_an_action_leads_to_one_state_so_a_log_tells_where_it_is(world: World[Any]) -> None:
     seen = set(world.first_states())

@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from tests.model import clock_model as C
+from tests.model import key_model as K
 from tests.model import lease_model as L
 from tests.model import revoke_model as R
 from tests.model.clock_model import ClockModel, Timing
+from tests.model.key_model import KeyCare, KeyModel
 from tests.model.lease_model import SLOT, Defences, LeaseModel, Shape
 from tests.model.revoke_model import Grace, RevokeModel
 from tests.model.search import Action, Verdict, World, search
@@ -93,6 +95,10 @@ def clock(
 
 def revocation(label: str, breaks: str = "", **defences: bool) -> Variant:
     return Variant(f"revocation: {label}", RevokeModel(Grace(**defences)), breaks)
+
+
+def key(label: str, breaks: str = "", **defences: bool) -> Variant:
+    return Variant(f"key: {label}", KeyModel(KeyCare(**defences)), breaks)
 
 
 NOTHING: Final[frozenset[str]] = frozenset()
@@ -289,7 +295,25 @@ REVOCATIONS: Final = (
     revocation("the ledger believes the latest report", R.VIEW, reports_only_forward=False),
 )
 
-VARIANTS: Final = (*WHOLE, *EPOCHS, *CAPACITY, *TEARDOWN, *WARDEN, *CLOCKS, *REVOCATIONS)
+SIGNERS: Final = (
+    key("all defences"),
+    key("leases first, the key after them", K.SURVIVES, key_first=False),
+    key("a revoked key goes on signing", K.SURVIVES, signer_checked=False),
+    key("the ledger is told the key after the grant", K.SURVIVES, recorded_at_once=False),
+    key("the keys of renewals are not recorded: the mint asks again", renewals_recorded=False),
+    key(
+        "they are not recorded, and signed with whatever key there is",
+        K.SURVIVES,
+        renewals_recorded=False,
+        mint_checks=False,
+    ),
+    key("signed with whatever key there is", K.SURVIVES, mint_checks=False),
+    key("nodes go on taking what it signed", K.FORGED, node_refuses=False),
+)
+
+VARIANTS: Final = (
+    *WHOLE, *EPOCHS, *CAPACITY, *TEARDOWN, *WARDEN, *CLOCKS, *REVOCATIONS, *SIGNERS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from grafos_core.books import CapacityBook, ExtentMap, Place
 from grafos_core.chain import Chain
 from grafos_core.commands import Event
 from grafos_core.holder import HolderLease
-from grafos_core.lease import EndCause, LeaseState
+from grafos_core.lease import EndCause, LeaseState, OnDisconnect
 from grafos_core.ledger_state import LedgerState
 from grafos_core.lessor import Lessor
 from grafos_core.node import NodeCore
@@ -133,6 +133,33 @@ def _gate_left_open(original: Any) -> Any:
     return end
 
 
+def _does_not_see(self: NodeCore, session: str, now: Any) -> Any:
+    """The end of a holder's connection."""
+    return self.tick(now)
+
+
+def _keeps_nothing(original: Any) -> Any:
+    def wait(self: Endings, lease: Any, now: Any, within_ms: int | None = None) -> None:
+        facts = lease.facts
+        policy = replace(facts.policy, on_disconnect=OnDisconnect.GRACE)
+        lease.facts = replace(facts, policy=policy)
+        original(self, lease, now, within_ms)
+
+    return wait
+
+
+def _any_key_signs(self: Lessor, key_id: str) -> None:
+    """Also one that is revoked."""
+
+
+def _forgets_key(original: Any) -> Any:
+    def renewed(self: LedgerState, event: Event) -> None:
+        body = {name: value for name, value in event.body.items() if name != "key_id"}
+        original(self, replace(event, body=body))
+
+    return renewed
+
+
 def _renewal_shortens(original: Any) -> Any:
     def raised(self: Any, lease: Any, one: Any, now: Any) -> Any:
         return original(self, lease, replace(one, deadline_ms=now.boot_ms + 200), now)
@@ -217,6 +244,12 @@ BUGS = (
     _bug("a grace is lengthened by the order that is told again", 5, Orders, "_warn", _grace_anew),
     _bug("a revoked lease goes on after its grace", 4, Endings, "_end",
         _wrap(Endings, "_end", _gate_left_open)),
+    _bug("nobody sees that a holder is lost", 5, NodeCore, "session_lost", _does_not_see),
+    _bug("what is to be kept ends with a connection", 5, Endings, "_await_return",
+         _wrap(Endings, "_await_return", _keeps_nothing)),
+    _bug("a revoked key signs on", 8, Lessor, "_check_signer", _any_key_signs),
+    _bug("it is forgotten which key signed a renewal", 8, LedgerState, "_renewed",
+         _wrap(LedgerState, "_renewed", _forgets_key)),
     _bug("an epoch is given again", 7, LedgerState, "_granted",
         _wrap(LedgerState, "_granted", _forgets_epoch)),
     Bug("old evidence of readiness counts", 8, (

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 from grafos_core import placement
 from grafos_core.failure import FabricError
 from grafos_core.holder import HolderLease, RenewalPolicy
-from grafos_core.lease import Kind, Lease, LeaseId, NodeId, OnHolderExit, Policy
+from grafos_core.lease import (
+    Kind,
+    Lease,
+    LeaseId,
+    NodeId,
+    OnDisconnect,
+    OnHolderExit,
+    Policy,
+)
 from grafos_core.node_effects import Bound, Extended, Released
 from grafos_core.token import LeaseToken
 from tests.sim.ledger import TENANTS, Ledger
@@ -67,8 +75,24 @@ class Holder:
             self.world.after(dice.randint(1_000, 15_000), self._act)
             return
         else:
+            if self.world.chance(rates.hang_up * 0.2):
+                self._hang_up()
             self._work()
         self.world.after(dice.randint(1, 400), self._act)
+
+    def _hang_up(self) -> None:
+        """Its connections break, and are opened anew some time later; what it holds it still uses,
+        by calls."""
+        self.world.count("hang_ups")
+        for node in self.nodes.values():
+            self.world.after(self.world.dice.randint(0, 20), node.hang_up, self.session)
+        pause_ms = self.world.dice.choice([300, 3_000, 12_000])
+        self.world.after(pause_ms, self._come_back, self.life)
+
+    def _come_back(self, life: int) -> None:
+        if life == self.life:
+            for node in self.nodes.values():
+                node.join(self.session)
 
     def _work(self) -> None:
         dice = self.world.dice
@@ -90,6 +114,7 @@ class Holder:
             on_holder_exit=OnHolderExit.KEEP if keep else OnHolderExit.RELEASE,
             reconnect_ms=dice.choice([500, 5_000]),
             stop_after_ms=dice.choice([None, None, 3_000]),
+            on_disconnect=dice.choice(list(OnDisconnect)),
         )
         ask = placement.Request(self._request(), kind, amount, policy)
         ttl_ms = dice.choice([1_000, 3_000, 10_000, 30_000])

@@ -10,20 +10,23 @@ from grafos_core import placement
 from grafos_core.lease import (
     IN_GRACE,
     TOKEN_MS_DEFAULT,
+    USABLE,
     EndCause,
     Kind,
     Lease,
     LeaseId,
     LeaseState,
     NodeId,
+    OnDisconnect,
     Policy,
     RevokeStage,
     TenantId,
 )
 from grafos_core.lessor import Lessor
 from grafos_core.quota import Limit
+from grafos_core.receipt import TeardownReceipt
 from grafos_core.token import LeaseToken, audience_of
-from tests.sim.world import Clock, World
+from tests.sim.world import Clock, LawBroken, World
 
 if TYPE_CHECKING:
     from tests.sim.holder import Holder
@@ -46,6 +49,14 @@ class Ledger:
         """Who hears of what happens in a session."""
         self._floor_ms = 0
         self._numbers = 0
+        self.key_id = ""
+        """With which admission signs."""
+        self._keys: list[str] = []
+        self._dead_keys: set[str] = set()
+        """Revoked, with everything that they signed."""
+        self._signed: dict[str, set[LeaseId]] = {}
+        """By key, what tokens it has signed, as whoever holds them knows."""
+        self._new_key()
         for tenant in TENANTS:
             self._do(c.SetQuota(tenant, Kind.MEM, Limit(20 * 4096, 12)))
         world.after(0, self._tick)
@@ -69,6 +80,9 @@ class Ledger:
         for event in step.events:
             self.world.tell("ledger", event.kind, event.lease_id[:6], event.epoch)
             self.world.count(event.kind)
+            signed = {event.body.get("key_id"), *event.body.get("key_ids", ())}
+            if event.kind.startswith("lease.") and signed & self._dead_keys:
+                raise LawBroken(f"law 8: {event.kind} under a key that is revoked")
             if event.kind == "lease.granted":
                 self._fresh(event)
         for node_id in step.nodes:
@@ -100,7 +114,7 @@ class Ledger:
             c.Grant(
                 ask.request_id, lease_id, holder.tenant, holder.name, holder.key, ask.kind,
                 decision.node_id, decision.incarnation, decision.amount, ttl_ms, None,
-                TOKEN_MS_DEFAULT, policy,
+                TOKEN_MS_DEFAULT, policy, key_id=self.key_id,
             )
         )  # fmt: skip
         if step.lease is not None:
@@ -108,7 +122,9 @@ class Ledger:
 
     def renew(self, request_id: str, holder: Any, lease_id: LeaseId, ttl_ms: int) -> None:
         if self.up:
-            step = self._do(c.Renew(request_id, lease_id, ttl_ms, holder.tenant, holder.name))
+            step = self._do(
+                c.Renew(request_id, lease_id, ttl_ms, holder.tenant, holder.name, self.key_id)
+            )
             if step.lease is not None and step.failure is None:
                 self._answer(holder, holder.renewal_granted, step.lease)
 
@@ -116,9 +132,10 @@ class Ledger:
         if self.up:
             step = self._do(
                 c.Attach(
-                    request_id, lease_id, holder.tenant, holder.name, holder.key, TOKEN_MS_DEFAULT
+                    request_id, lease_id, holder.tenant, holder.name, holder.key, TOKEN_MS_DEFAULT,
+                    self.key_id,
                 )
-            )
+            )  # fmt: skip
             if step.lease is not None and step.failure is None:
                 self._answer(holder, holder.attach_granted, step.lease)
 
@@ -146,6 +163,7 @@ class Ledger:
     def credit(self, credit: c.Credit, answer: Callable[..., None]) -> None:
         if not self.up:
             return
+        self._check_was_not_kept(credit.receipt)
         step = self._do(credit)
         refused = step.failure.code if step.failure else ""
         receipt = credit.receipt
@@ -154,10 +172,20 @@ class Ledger:
             refused,
         )  # fmt: skip
 
+    def _check_was_not_kept(self, receipt: TeardownReceipt) -> None:
+        lease = self.lessor.state.find(LeaseId(receipt.lease_id))
+        if receipt.cause is not EndCause.DISCONNECTED or lease is None:
+            return
+        self.world.count("disconnected")
+        policy = lease.policy
+        if policy.on_disconnect is OnDisconnect.KEEP and policy.stop_after_ms is None:
+            raise LawBroken(f"law 5: {lease.lease_id[:6]} was to be kept, and ended disconnected")
+
     def _answer(self, holder: Any, call: Callable[..., None], lease: Lease) -> None:
         self.world.send("ledger", holder.name, call, lease, self.mint(lease))
 
     def mint(self, lease: Lease) -> LeaseToken:
+        self._signed.setdefault(self.key_id, set()).add(lease.lease_id)
         now_ms = self.clock.wall_ms()
         return LeaseToken(
             issuer=ISSUER, subject=lease.holder,
@@ -180,6 +208,10 @@ class Ledger:
     def _operate(self) -> None:
         """An operator revokes now and then, also what is being revoked, and clears fences."""
         if self.up:
+            if self.world.chance(self.world.rates.revoke * 0.5):
+                self._new_key()
+            if self.world.chance(self.world.rates.revoke * 0.3):
+                self._revoke_key(self.world.dice.choice(self._keys))
             leases = sorted(self.lessor.state.leases.values(), key=lambda lease: lease.lease_id)
             live = (LeaseState.ACTIVE, LeaseState.ENDING)
             active = [x for x in leases if x.state in live and x.stage in REVOCABLE]
@@ -192,6 +224,39 @@ class Ledger:
                     nonce = f"{self.world.dice.getrandbits(128):032x}"
                     self._do(c.ClearFence("op", lease.lease_id, "looked", False, "op", nonce))
         self.world.after(1_000, self._operate)
+
+    def _new_key(self) -> None:
+        self.key_id = f"k{len(self._keys)}"
+        self._keys.append(self.key_id)
+        key = c.PublishedKey(self.key_id, "admission", "lease", bytes(32))
+        self._do(c.PublishKey(key))
+
+    def _revoke_key(self, key_id: str) -> None:
+        """The key first; then, in a command of its own, what it signed. Admission hears of it."""
+        self._do(c.RevokeKey(key_id, "seen elsewhere", "op"))
+        self.world.after(self.world.dice.randint(1, 300), self._end_signed, key_id)
+        self.world.after(self.world.dice.randint(1, 600), self._hear_of_revoked, key_id)
+
+    def _hear_of_revoked(self, key_id: str) -> None:
+        if not self.up:
+            self.world.after(200, self._hear_of_revoked, key_id)
+        elif key_id == self.key_id:
+            self._new_key()
+
+    def _end_signed(self, key_id: str) -> None:
+        if not self.up:
+            self.world.after(200, self._end_signed, key_id)
+            return
+        leases = sorted(self.lessor.state.leases.values(), key=lambda lease: lease.lease_id)
+        for lease in leases:
+            if key_id in lease.key_ids and (lease.state in USABLE or lease.stage in IN_GRACE):
+                self.world.count("ended_with_its_key")
+                self._do(c.End("op", lease.lease_id, EndCause.REVOKED, "op", "its key"))
+        self._dead_keys.add(key_id)
+        for lease_id in sorted(self._signed.get(key_id, set())):
+            known = self.lessor.state.leases.get(lease_id)
+            if known is not None and known.state in USABLE:
+                raise LawBroken(f"S14: {lease_id[:6]} lives on, a revoked key signed for it")
 
     def _suffer(self) -> None:
         if self.up and self.world.chance(self.world.rates.ledger_crash):

@@ -19,7 +19,7 @@ from grafos_core import failure
 from grafos_core import token as tokens
 from grafos_core.chain import Chain, Record, Seal
 from grafos_core.failure import FabricError
-from grafos_core.lease import Kind, LeaseId, NodeId
+from grafos_core.lease import RETURN_MS, Kind, LeaseId, NodeId, OnDisconnect
 from grafos_core.lessor import CLEAR_ORDER_MS, REGISTRATION_TTL_MS
 from grafos_core.node import NodeCore
 from grafos_core.node_effects import (
@@ -119,6 +119,9 @@ class Node:
         """Of revoked leases, when by the orders that were heard nothing works any more."""
         self._ending: set[tuple[LeaseId, int]] = set()
         """Leases whose teardown has begun."""
+        self._connected: set[str] = set()
+        self._lost_at_ms: dict[str, int] = {}
+        """Sessions whose connection broke, by boottime; those of a front that died are not here."""
         self._answers: dict[int, Any] = {}
         self._requests = 0
         self._front_life = 0
@@ -192,6 +195,8 @@ class Node:
         self.core, self.up = None, False
         self._answers.clear()
         self._hanging.clear()
+        self._connected.clear()
+        self._lost_at_ms.clear()
         if self.warden is not None and self.world.chance(0.2):
             self.world.tell(self.node_id, "warden dies too")
             self.warden = None
@@ -266,8 +271,11 @@ class Node:
 
     def _front_lost(self) -> None:
         if self.core is not None:
+            sessions, self._connected = sorted(self._connected), set()
             self._verb(self.core.front_lost(self.clock.instant()))
             self.world.after(20, self._start_front)
+            for session in sessions:
+                self.world.after(20 + self.world.dice.randint(0, 2_000), self.join, session)
 
     # the ledger
 
@@ -368,6 +376,8 @@ class Node:
     def _question(self, verb: str, token: LeaseToken, key: str, session: str, answer: Any) -> None:
         if self.core is None or not self.front_up:
             return
+        if verb != "extend":
+            self.join(session)
         now = self.clock.instant()
         try:
             tokens.judge(
@@ -408,7 +418,21 @@ class Node:
             self._requests += 1
             self._verb(self.core.detach(self._requests, lease_id, epoch, key, self.clock.instant()))
 
+    def join(self, session: str) -> None:
+        """A holder's connection stands."""
+        if self.core is not None and self.front_up and session not in self._connected:
+            self._connected.add(session)
+            self._lost_at_ms.pop(session, None)
+            self._verb(self.core.session_back(session, self.clock.instant()))
+
+    def hang_up(self, session: str) -> None:
+        if self.core is not None and self.front_up and session in self._connected:
+            self._connected.discard(session)
+            self._lost_at_ms[session] = self.clock.boot_ms()
+            self._verb(self.core.session_lost(session, self.clock.instant()))
+
     def holder_exited(self, session: str) -> None:
+        self._connected.discard(session)
         if self.core is not None:
             self._verb(self.core.holder_exited(session, self.clock.instant()))
 
@@ -470,7 +494,23 @@ class Node:
         late_ms = self.clock.boot_ms() - cell.deadline_ms
         if late_ms > 0:
             raise LawBroken(f"law 5: an operation is acknowledged {late_ms} ms past its deadline")
+        self._check_is_held(cell, tick_ms)
         self.world.count("acknowledged")
+
+    def _check_is_held(self, cell: Cell, tick_ms: int) -> None:
+        """What was fixed with the lease for the case that its holder's connection breaks."""
+        lease = self.core._leases.get(cell.lease_id) if self.core is not None else None
+        granted = self.ledger.lessor.state.find(cell.lease_id)
+        lost_ms = self._lost_at_ms.get(lease.session) if lease is not None else None
+        if lease is None or granted is None or lost_ms is None or lease.keep:
+            return
+        policy = granted.policy
+        within_ms = {
+            OnDisconnect.RELEASE: RETURN_MS,
+            OnDisconnect.GRACE: policy.reconnect_ms,
+        }.get(policy.on_disconnect)
+        if within_ms is not None and self.clock.boot_ms() > lost_ms + within_ms + tick_ms + 1:
+            raise LawBroken("law 5: a lease outlives its holder's connection")
 
     def _drained(self, cell: Cell) -> None:
         attempt = self._shutting.get(cell.lease_id)

@@ -46,6 +46,7 @@ class Rates:
     slow_operation: float
     holder_stall: float
     holder_exit: float
+    hang_up: float
     revoke: float
     hostile: float
 
@@ -59,7 +60,7 @@ class Rates:
             agent_crash=rate(0.3), warden_crash=rate(0.2), front_crash=rate(0.3),
             ledger_crash=rate(0.3), cut=rate(0.4), wall_step=rate(0.2), step_failure=rate(0.15),
             slow_operation=rate(0.1), holder_stall=rate(0.1), holder_exit=rate(0.1),
-            revoke=rate(0.2), hostile=rate(0.3),
+            hang_up=rate(0.1), revoke=rate(0.2), hostile=rate(0.3),
         )  # fmt: skip
 
 
