@@ -192,6 +192,7 @@ def test_a_signing_key_is_revoked_with_what_it_signed_and_another_signs_from_the
         after.renew()
         (other,) = connection.describe(after.lease_id).key_ids
         assert other != key_id
+        assert by_operator(running, key=key_id) == [], "what another key signed is not touched"
         after.mem().write(0, b"under the new key")
     assert after.release().verify(connection.keys()).credited
 

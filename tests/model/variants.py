@@ -301,12 +301,6 @@ SIGNERS: Final = (
     key("a revoked key goes on signing", K.SURVIVES, signer_checked=False),
     key("the ledger is told the key after the grant", K.SURVIVES, recorded_at_once=False),
     key("the keys of renewals are not recorded: the mint asks again", renewals_recorded=False),
-    key(
-        "they are not recorded, and signed with whatever key there is",
-        K.SURVIVES,
-        renewals_recorded=False,
-        mint_checks=False,
-    ),
     key("signed with whatever key there is", K.SURVIVES, mint_checks=False),
     key("nodes go on taking what it signed", K.FORGED, node_refuses=False),
 )

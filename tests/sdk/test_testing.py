@@ -33,6 +33,7 @@ from grafos import (
 from grafos.leasekit import RenewalManager
 from grafos.observe import FabricMetrics
 from grafos.testing import VirtualFabric, assert_no_leaks, fabric, leaks
+from grafos_core.lease import LeaseId
 from tests.sdk.world import World
 
 MIB = 1 << 20
@@ -376,6 +377,44 @@ def test_a_quota_is_the_ledgers(two: VirtualFabric) -> None:
         with refused(RateLimited, "QUOTA"):
             page().acquire()
     page().acquire().release()
+
+
+def test_a_node_refuses_what_a_revoked_key_signed_as_soon_as_it_has_heard(
+    two: VirtualFabric,
+) -> None:
+    lease = page().where(node="n1").acquire()
+    control, agent = two._control, two._control.agents["n1"]
+    granted, old = control.lessor.lease(LeaseId(lease.lease_id)), control.token_key
+    token, who = control._mint(granted), two.connection.who  # type: ignore[attr-defined]
+    with two.partition("control", "n1"):
+        two.revoke(key=old.key_id)
+        assert agent.accept(token, who).lease_id == lease.lease_id
+    with refused(Revoked, "REVOKED"):
+        agent.accept(token, who)
+    two.advance(1)
+    with pytest.raises(Revoked):
+        lease.mem().read(0, 1)
+
+
+def test_a_lost_connection_ends_what_it_is_to_end(two: VirtualFabric) -> None:
+    built = page().where(node="n1").lease_secs(30)
+    brief, kept = built.on_disconnect("release").acquire(), built.on_disconnect("keep").acquire()
+    usual = built.acquire()
+    ends = []
+    with two.partition("holder", "n1"):
+        for seconds in (0.9, 0.2, 3.8, 0.2, 20):
+            two.advance(seconds)
+            live = {lease.lease_id for lease in two.leases()}
+            ends.append([each.lease_id in live for each in (brief, usual, kept)])
+    assert ends == [
+        [True, True, True], [False, True, True], [False, True, True], [False, False, True],
+        [False, False, True],
+    ]  # fmt: skip
+    for each in (brief, usual):
+        with pytest.raises(LeaseExpired):
+            each.mem().read(0, 1)
+    kept.mem().read(0, 1)
+    kept.release()
 
 
 def test_a_revocation_warns_and_then_ends(two: VirtualFabric) -> None:

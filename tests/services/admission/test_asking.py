@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from grafos_core import jws, token
 from grafos_core.failure import FabricError, Incompatible
 from grafos_core.lease import Kind
 from grafos_proto.v1 import admission_pb2, lease_pb2, ledger_pb2
+from grafos_proto.wire import convert
+from services.admission.tokens import Minter
 from services.runtime import signing
-from services.runtime.signing import key_id_of
+from services.runtime.signing import SigningKey, key_id_of
 from tests.services.admission.world import (
     BLOCK,
     ENDING,
@@ -383,8 +387,7 @@ def test_a_revoked_key_ends_what_it_signed_and_signs_nothing_more(
     operator, web = fabric.client("operator/alice"), fabric.holder()
     before = web.acquire().lease
     (key_id,) = before.key_ids
-    snapshot = partial(fabric.of_ledger(), "Snapshot", ledger_pb2.SnapshotRequest())
-    eventually(lambda: key_id in {key.key_id for key in snapshot().keys})
+    until_published(fabric, key_id)
     words = admission_pb2.RevokeRequest(
         request_id="r",
         reason="the key was seen elsewhere",
@@ -399,12 +402,47 @@ def test_a_revoked_key_ends_what_it_signed_and_signs_nothing_more(
     assert web("Renew", of_lease(admission_pb2.RenewRequest, after.lease)).token
 
 
+def test_a_key_that_was_revoked_while_its_admission_was_away_signs_nothing_more(
+    fabric: Fabric, node: PaperNode
+) -> None:
+    (key_id,) = fabric.holder().acquire().lease.key_ids
+    until_published(fabric, key_id)
+    fabric.admission.kill()
+    order = ledger_pb2.RevokeKey(key_id=key_id, reason="seen elsewhere")
+    (outcome,) = fabric.of_ledger("operator/alice").commit(ledger_pb2.Command(revoke_key=order))
+    assert not isinstance(outcome, FabricError), outcome
+    fabric.admission = fabric.start_admission()
+    web = fabric.holder()
+    after = eventually(lambda: again(web))
+    assert key_id not in after.lease.key_ids
+
+
+@pytest.mark.parametrize(("recorded", "signs"), [("its", True), ("another's", False)])
+def test_admission_signs_with_the_key_that_is_on_record_or_asks_again(
+    recorded: str, signs: bool, shared: Fabric, tmp_path: Path
+) -> None:
+    lease = convert.lease_from_proto(shared.holder(tenant="minted").acquire().lease)
+    minter = Minter("spiffe://f/service/admission", SigningKey.make(tmp_path / "key"))
+    lease = replace(lease, key_ids=("0" * 16, minter.key_id if recorded == "its" else "1" * 16))
+    if signs:
+        assert minter.mint(lease, lease.granted_at_ms)[0]
+        return
+    with pytest.raises(FabricError) as refused:
+        minter.mint(lease, lease.granted_at_ms)
+    assert refused.value.code == "RETRY_LATER"
+
+
+def until_published(fabric: Fabric, key_id: str) -> None:
+    snapshot = partial(fabric.of_ledger(), "Snapshot", ledger_pb2.SnapshotRequest())
+    eventually(lambda: key_id in {key.key_id for key in snapshot().keys})
+
+
 def again(web: Client) -> Any:
     """A lease, once another key signs its token."""
     try:
         return web.acquire()
     except FabricError as refusal:
-        assert refusal.code == "RETRY_LATER"
+        assert refusal.code in ("RETRY_LATER", "NODE_NOT_READY", "UNREACHABLE")
         return None
 
 
