@@ -43,9 +43,7 @@ OURS = {"sync", "notices", "endpoint", "closed"}
 AT_ONCE = {"remaining_ms", "on_notice", "mem", "block"}
 """What asks nobody; and whatever a builder has but these two."""
 OPENING = {"acquire", "attach"}
-NOT_SPELT_OUT = {
-    "checkpoint_done", "map", "on_disconnect", "revoke", "share",
-}  # fmt: skip
+NOT_SPELT_OUT = {"map", "share"}
 """Made from the original while it runs; a type checker does not know them."""
 
 
@@ -197,6 +195,21 @@ class TestUse:
                     async with page().where(node="n1").acquire():
                         pass
             virtual.clear_fence(virtual.fences()[0].lease_id, "looked at it")
+
+        run(work)
+
+    def test_who_is_warned_reports_and_need_not_wait(self, virtual: VirtualFabric) -> None:
+        async def work() -> None:
+            lease = await page().acquire()
+            before_ms = virtual.now_ms
+            (order,) = await aio.Fabric(virtual.connection).revoke(lease.lease_id, grace=30)
+            assert order.failure is None
+            notices = lease.notices()
+            assert (await anext(notices)).kind == "revoke_warning"
+            receipt = await lease.checkpoint_done()
+            assert receipt.revoke_stage == "checkpoint_reported"
+            assert lease.status is LeaseStatus.REVOKED
+            assert virtual.now_ms - before_ms < 1_000
 
         run(work)
 

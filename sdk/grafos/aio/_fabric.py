@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from grafos import _connection, _local
 from grafos._receipt import NodeKey
+from grafos._revocation import Revocation
 from grafos.aio import _lanes
 from grafos.aio._builder import inside
 from grafos.aio._lanes import Opening
@@ -68,6 +69,25 @@ class Fabric:
 
     async def keys(self, *, node: str = "") -> list[NodeKey]:
         return await _lanes.do(lambda: self.sync.keys(node=node))
+
+    async def revoke(
+        self,
+        *lease_ids: str,
+        reason: str = "",
+        grace: float | timedelta = 0,
+        tenant: str = "",
+        holder: str = "",
+        holder_prefix: str = "",
+        node: str = "",
+        kind: str | None = None,
+        key: str = "",
+    ) -> list[Revocation]:
+        return await _lanes.do(
+            lambda: self.sync.revoke(
+                *lease_ids, reason=reason, grace=grace, tenant=tenant, holder=holder,
+                holder_prefix=holder_prefix, node=node, kind=kind, key=key,
+            )
+        )  # fmt: skip
 
     async def close(self) -> None:
         await _lanes.finish(self.sync.close)
