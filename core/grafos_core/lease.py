@@ -275,6 +275,8 @@ class Lease:
     grace_ms: int = 0
     """From then on."""
     unconfirmed: bool = False
+    former_end_ms: int = 0
+    """`node_end_ms` before the latest renewal, which its node need not have heard of."""
     key_ids: tuple[str, ...] = ()
     """Of the keys that signed tokens of it, each once, the latest last."""
     fence_cause: str = ""
@@ -323,8 +325,8 @@ class Lease:
     def receipt_due_ms(self) -> int:
         """When the receipt of an end that was ordered is overdue."""
         assert self.ended_at_ms is not None
-        base_ms = self.end_ms if self.cause is EndCause.EXPIRED else self.ended_at_ms
-        return max(base_ms + self.grace_ms, self.ended_at_ms) + self._receipt_margin_ms
+        due_ms = self.ended_at_ms + self.grace_ms + self._receipt_margin_ms
+        return max(due_ms, self._node_proved_ms) if self.cause is EndCause.EXPIRED else due_ms
 
     @property
     def closed_by_ms(self) -> int:
@@ -333,7 +335,17 @@ class Lease:
         told = self.stage in (RevokeStage.CHECKPOINT_REPORTED, RevokeStage.FAILED_CLOSED)
         if told or not ordered:
             return self.receipt_due_ms
-        return max(self.receipt_due_ms, self.end_ms + self._receipt_margin_ms)
+        return max(self.receipt_due_ms, self._node_proved_ms)
+
+    @property
+    def node_end_ms(self) -> int:
+        """When its node ends it, if that has the slowest clock that is allowed and heard of no
+        renewal, or of all: one that asked for less than was left shortens nothing there."""
+        return max(self.former_end_ms, self.end_ms + rate_margin_ms(self.ttl_ms))
+
+    @property
+    def _node_proved_ms(self) -> int:
+        return self.node_end_ms + CLOCK_ERROR_MS + TEARDOWN_MS_MAX
 
     @property
     def _receipt_margin_ms(self) -> int:

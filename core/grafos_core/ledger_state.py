@@ -177,8 +177,9 @@ class LedgerState:
         failure.invariant(body["end_ms"] >= lease.end_ms, "a renewal shortens")
         failure.invariant(body["generation"] > lease.generation, "the generation does not rise")
         self.leases[lease.lease_id] = replace(
-            lease, end_ms=body["end_ms"], ttl_ms=body["ttl_ms"], generation=body["generation"]
-        ).signed_by(body.get("key_id", ""))
+            lease, end_ms=body["end_ms"], ttl_ms=body["ttl_ms"], generation=body["generation"],
+            former_end_ms=lease.node_end_ms,
+        ).signed_by(body.get("key_id", ""))  # fmt: skip
         self._remember(lease, body["request_id"])
 
     def _attached(self, event: Event) -> None:

@@ -221,11 +221,16 @@ class Endings:
     def start(
         self, now: Instant, journal: Mapping[str, Mapping[str, Any]] | None = None
     ) -> list[Effect]:
-        """Take back what the last boot left, told what the old warden measured, by lease."""
+        """Take back what the last boot left, told what the old warden did and measured, by lease.
+
+        What that warden had ended at its deadline was over before its agent was lost.
+        """
         effects = self.tick(now)
         for lease in list(self._leases.values()):
             if lease.phase is Phase.ENDING:
                 lease.warden = dict((journal or {}).get(lease.lease_id, {}))
+                if lease.warden.get("cause") == "deadline":
+                    lease.cause, lease.reason = EndCause.EXPIRED, "the TTL ran out"
                 effects += self._begin_teardown(lease, Stage.QUIESCED, now)
             elif lease.receipt is not None and not lease.credited:
                 effects += self._send(lease, now)

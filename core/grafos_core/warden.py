@@ -123,6 +123,12 @@ class WardenCore:
         if not self._agent_is_lost:
             self._heard_ms = now_ms
 
+    def slept(self, duration_ms: int, now_ms: int) -> None:
+        """We ourselves did not run for so long, like the whole machine, perhaps: silence meanwhile
+        is nobody's. Deadlines are not moved by it."""
+        self._advance(now_ms)
+        self._heard_ms = min(now_ms, self._heard_ms + duration_ms)
+
     def agent_lost(self, now_ms: int) -> list[TakeBack]:
         """Take everything back. By end of file, by silence, or by the word of its next agent."""
         self._advance(now_ms)

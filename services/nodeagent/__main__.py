@@ -112,7 +112,7 @@ def start(process: Process) -> None:
         Slices(book.incarnation, memory, block, exports_of(process.state_dir, book)),
         TrustedKeys(identity.trust_domain, audience_of(identity.name, book.incarnation)),
         ProcessWatch(),
-        Meters(process.metrics),
+        Meters(process.metrics, process.clock.boot_ns),
         process.clock,
         process.log,
     )
@@ -213,8 +213,12 @@ def assemble(
     )
     control.equip(front, warden, ledger)
     control.performer.proofs.update(past.proofs)
+    expired = found.expired()
+    for lease_id, late_us in expired.items():
+        rooms.meters.taken(lease_id, late_us)
     for facts in past.open_binds:
-        control.performer.remember_end(facts, failure.of("AGENT_LOST", lease_id=facts.lease_id))
+        code = "LEASE_EXPIRED" if facts.lease_id in expired else "AGENT_LOST"
+        control.performer.remember_end(facts, failure.of(code, lease_id=facts.lease_id))
     agent = Agent(control, registrar, ledger, book)
     if values.audit:
         agent.audit = audit_link(process, files, identity, book)

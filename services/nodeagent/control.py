@@ -451,9 +451,8 @@ class Control:
     def taken(self, message: Message) -> None:
         lease_id, cause = message["lease"], message["cause"]
         measured = {**message["measured"], "late_us": message["late_us"]}
-        device = Kind.MEM if message["device"] == "memfd" else Kind.BLOCK
         if cause == "deadline":
-            self.rooms.meters.overrun(device, message["late_us"])
+            self.rooms.meters.taken(lease_id, message["late_us"])
         self.post(lambda now: self.core.taken_by_warden(lease_id, cause, measured, now))
 
     # The end

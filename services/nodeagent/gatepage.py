@@ -133,6 +133,10 @@ class GatePage:
         """Only the warden."""
         self._close(self._cell(slot, _WARDEN))
 
+    def control_deadline_ns(self, slot: int) -> int:
+        """Only control, of a cell that it has written."""
+        return self._words[self._cell(slot, _CONTROL) + _DEADLINE]
+
     def close_all_control(self) -> None:
         """One store ends everything on this page, for good: control is going down."""
         self._words[_CLOSED_BY_CONTROL] = 1

@@ -36,13 +36,18 @@ class Leftovers:
 
     folder: Path
     journal: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    """By lease, what a warden measured."""
+    """By lease, what a warden measured, why it took it back (`cause`), and how late (`late_us`)."""
     memory: dict[str, int] = field(default_factory=dict)
     """By lease, a descriptor of its memory; ours."""
     unreachable: dict[str, str] = field(default_factory=dict)
     """By lease, why it is not known whether its memory is gone."""
     _living: list[LivingWarden] = field(default_factory=list)
     _journals: list[Path] = field(default_factory=list)
+
+    def expired(self) -> dict[str, int]:
+        """Of leases that a warden had ended at their deadline: how late that was."""
+        told = self.journal.items()
+        return {name: each["late_us"] for name, each in told if each["cause"] == "deadline"}
 
     def settle(self) -> None:
         """Everything is sealed: wardens may go, and what they wrote."""
@@ -82,7 +87,8 @@ def gather(
             if (entry.lease_id, entry.epoch) not in wanted:
                 _close(fd)
                 continue
-            found.journal[entry.lease_id] = {**entry.measured, "late_us": entry.late_us}
+            told = {"cause": entry.cause, "late_us": entry.late_us}
+            found.journal[entry.lease_id] = {**entry.measured, **told}
             if fd is not None:
                 _close(found.memory.pop(entry.lease_id, None))
                 found.memory[entry.lease_id] = fd

@@ -101,7 +101,9 @@ class Ledger(Protocol):
 class Watcher(Protocol):
     """Who wants to know what was performed: numbers for people."""
 
-    def closed(self, lease_id: str, kind: Kind) -> None: ...
+    def closed(self, lease_id: str, kind: Kind, deadline_ns: int) -> None: ...
+
+    def erased(self, lease_id: str) -> None: ...
 
     def settled(self, receipt: ReceiptFacts) -> None: ...
 
@@ -322,7 +324,8 @@ class Performer:
         facts = self._facts.get(effect.lease_id)
         if facts is None:
             return
-        self._tools.watcher.closed(effect.lease_id, facts.kind)
+        deadline_ns = self._tools.gate.control_deadline_ns(effect.slot)
+        self._tools.watcher.closed(effect.lease_id, facts.kind, deadline_ns)
         cause = self._tools.core.verdict(effect.lease_id, facts.epoch, self._tools.now())
         if cause is not None:
             self.remember_end(facts, cause)
@@ -396,6 +399,8 @@ class Performer:
             if step is Step.QUIESCE:
                 fault("teardown.quiesce")
             evidence = dict(run())
+            if step is Step.ERASE:
+                self._tools.watcher.erased(lease_id)
         except (FabricError, OSError) as error:
             why = _cut(_typed(error))
             self._tools.post(lambda now: core.step_failed(lease_id, step, attempt, why, now))

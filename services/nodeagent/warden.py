@@ -41,6 +41,8 @@ from services.runtime.faults import fault
 NS_PER_MS: Final = 1_000_000
 POLL_MS_MAX: Final = 1_000
 """A wait does not count the time that the machine is suspended, deadlines do: so look again."""
+AWAY_MS_MAX: Final = 1_500
+"""Who did not look for longer was suspended, stopped or starved, and the agent perhaps with him."""
 FRONT_EXIT_MS_MAX: Final = 1_000
 """For a killed front to be gone; its memory is truncated in any case."""
 PEERS_MAX: Final = 4
@@ -82,7 +84,8 @@ class Warden:
     ) -> None:
         self._link: Link | None = link
         self._gate = gate
-        self._core = WardenCore(boot_ms(), silent_ms_max=silent_ms_max)
+        self._looked_ms = boot_ms()
+        self._core = WardenCore(self._looked_ms, silent_ms_max=silent_ms_max)
         self._journal = Journal(folder, boot_epoch)
         self._kept: dict[str, Kept] = {}
         self._taken: dict[str, Taken] = {}
@@ -107,7 +110,11 @@ class Warden:
     def _turn(self) -> None:
         """Wait until something is said or due; what is due comes first."""
         ready = self._wait()
-        due = self._core.tick(boot_ms())
+        now_ms = boot_ms()
+        away_ms, self._looked_ms = now_ms - self._looked_ms, now_ms
+        if away_ms > AWAY_MS_MAX:
+            self._core.slept(away_ms - POLL_MS_MAX, now_ms)
+        due = self._core.tick(now_ms)
         if self._core.agent_is_lost and self._link is not None:
             self._end_control()  # it was silent: stopped or stuck, and must not wake up and go on
         self._take(due)

@@ -19,6 +19,9 @@ from services.nodeagent.pidwatch import ProcessWatch
 
 MODULE: Final = "services.nodeagent.warden"
 PING_MS: Final = 1_000
+AWAY_MS_MAX: Final = 1_000
+"""We look several times a second; who did not for longer was suspended or stopped himself, and has
+not yet read what was answered meanwhile."""
 ANSWER_MS_MAX: Final = 2_500
 """A start of the interpreter on a busy machine, and twice that."""
 BYE_S: Final = 2.0
@@ -61,6 +64,7 @@ class WardenLine:
         self._owed: deque[tuple[int, int]] = deque()
         """(number, since) of questions that are not answered."""
         self._asked = 0
+        self._looked_ms = clock_ms()
         self._ping_ms = 0
         self._front: tuple[int, int] | None = None
         self._wanted = False
@@ -77,6 +81,9 @@ class WardenLine:
 
     def tick(self) -> int | None:
         now_ms = self._clock_ms()
+        away_ms, self._looked_ms = now_ms - self._looked_ms, now_ms
+        if away_ms > AWAY_MS_MAX:
+            self._owed = deque((number, since_ms + away_ms) for number, since_ms in self._owed)
         if self._wanted and self._child is None and self._back_off.take(now_ms):
             self._spawn(now_ms)
         if self._owed and now_ms - self._owed[0][1] > ANSWER_MS_MAX:

@@ -31,6 +31,10 @@ TRACEPARENT: Final = "traceparent"
 SECONDS_BUCKETS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 )  # fmt: skip
+LATENESS_BUCKETS: Final = (
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10,
+)  # fmt: skip
+"""The goals for lateness are borders here: a bucket that ends elsewhere could not tell."""
 
 GAUGES: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "grafos_leases": ("Leases by state", ("kind", "state")),
@@ -53,12 +57,19 @@ COUNTERS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 }
 HISTOGRAMS: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "grafos_lease_acquire_seconds": ("From the request to its answer", ("kind",)),
-    "grafos_lease_deadline_overrun_seconds": ("From a deadline to the end of access", ("kind",)),
+    "grafos_lease_deadline_overrun_seconds": (
+        "From a deadline until nothing can be used any more",
+        ("kind", "by"),
+    ),
     "grafos_teardown_seconds": ("From the end of access to the receipt", ("kind", "result")),
     "grafos_admission_wait_seconds": ("Waiting for evidence and capacity", ("kind",)),
     "grafos_ledger_commit_seconds": ("From a batch's last decision until it is durable", ()),
     "grafos_call_seconds": ("From the headers to the answer", ("method",)),
 }
+BUCKETS: Final[Mapping[str, tuple[float, ...]]] = {
+    "grafos_lease_deadline_overrun_seconds": LATENESS_BUCKETS,
+}
+"""Of histograms that have others than `SECONDS_BUCKETS`."""
 
 _TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}")
 _tracer: trace.Tracer | None = None
@@ -82,8 +93,9 @@ class Metrics:
         made = self._made.get(name)
         if made is None:
             text, labels = HISTOGRAMS[name]
+            buckets = BUCKETS.get(name, SECONDS_BUCKETS)
             made = self._made[name] = Histogram(
-                name, text, labels, registry=self.registry, buckets=SECONDS_BUCKETS
+                name, text, labels, registry=self.registry, buckets=buckets
             )
         return cast(Histogram, made)
 

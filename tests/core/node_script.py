@@ -1,7 +1,7 @@
 """Golden scripts for the node agent's core: one command a line, effects as they are to be done.
 
 node [mem=65536] [block=64]            a fresh node, started, ready, heard (the default)
-restart open=a,b fences=c owed=d used=5 journal=a kept=b   after a crash, by what its records hold
+restart open=a,b fences=c owed=d used=5 journal=a expired=b kept=b   after a crash
 at 5000 [wall=…]                       now; the wall clock is 1000000 later unless said
 bind a [epoch=1] [gen=1] [amount=4096] [offset=0] [ttl=10000] [end=…] [key=K] [session=s]
      [exit=keep] [disconnect=release] [stop=…] [reconnect=…] [kind=mem]
@@ -194,9 +194,11 @@ class Script:
             receipts, WALL_MS, frozenset(lease_id(one) for one in options.get("kept", "")),
         )  # fmt: skip
         self.core = self._fresh(options, recovered)
-        journal: dict[str, dict[str, int]] = {
+        journal: dict[str, dict[str, int | str]] = {
             lease_id(one): {"st_size": 0} for one in options.get("journal", "")
         }
+        for name in options.get("expired", ""):
+            journal[lease_id(name)] = {"cause": "deadline", "late_us": 1_500}
         return self.core.start(self.now, journal) + self._ready()
 
     def do_at(self, bare: list[str], options: dict[str, str]) -> str:

@@ -79,3 +79,20 @@ def test_a_lease_held_past_its_deadline_is_seen() -> None:
     warden.hold("a" * 32, slot=0, epoch=1, deadline_ms=100, now_ms=0)
     with pytest.raises(InvariantViolation, match="past its deadline"):
         warden.check(100)
+
+
+def test_a_watchman_who_slept_takes_nobodys_silence_for_death_and_still_keeps_the_hours() -> None:
+    warden = WardenCore(0, silent_ms_max=5_000)
+    warden.hold("a" * 32, slot=0, epoch=1, deadline_ms=20_000, now_ms=0)
+    warden.hold("b" * 32, slot=1, epoch=1, deadline_ms=60_000, now_ms=0)
+    warden.agent_heard(800)
+    warden.slept(29_000, 30_000)
+    assert [(one.lease_id, one.late_ms) for one in warden.tick(30_000)] == [("a" * 32, 10_000)]
+    assert not warden.agent_is_lost
+    assert [one.cause for one in warden.tick(34_800)] == ["agent_lost"], "but not for ever"
+
+
+def test_sleep_is_not_saved_up() -> None:
+    warden = WardenCore(0, silent_ms_max=5_000)
+    warden.slept(100_000, 1_000)
+    assert warden.timeout_ms(1_000) == 5_000

@@ -1,12 +1,15 @@
-"""Row G13, the node's part: a whole agent whose wall clock jumps.
+"""Row G13, the node's part, and the clocks of S8 and S11: a whole agent whose time is not right.
 
-The agent runs with a `time.time_ns` that adds what stands in a file. Certificates are judged by the
-front and by the TLS library, which keep the right time here.
+Wall clocks that jump, a machine that was suspended, a machine with another boottime. Of the agent's
+processes the front keeps the right wall time where that jumps: it judges certificates by it.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,39 +17,42 @@ from typing import Any
 
 import pytest
 
-from grafos_core.failure import Degraded, Denied, FabricError, LeaseExpired
-from grafos_core.lease import EndCause
-from tests.services.nodeagent.agents import AgentUnderTest, agent_in, bound, code_of, renewed
+from grafos_core.failure import Degraded, Denied, FabricError, Fenced, LeaseExpired
+from grafos_core.lease import EndCause, Kind
+from grafos_core.receipt import Outcome
+from tests.clocks import NODE, Clocks
+from tests.services.nodeagent.agents import (
+    AgentUnderTest,
+    agent_in,
+    bound,
+    code_of,
+    renewed,
+    tried,
+)
 from tests.services.nodeagent.fabric import HolderSide, eventually, fabric_in, now_ms
 
 HOUR_MS = 3_600_000
 SECONDS_MS = 10_000
 """As far back as a fresh certificate is good; beyond that an agent does not even start."""
-SHIM = """
-import os, time
-right, path = time.time_ns, os.environ["SHIFTED_BY"]
-if b"services.nodeagent.front" not in open("/proc/self/cmdline", "rb").read():
-    time.time_ns = lambda: right() + int(open(path).read()) * 1_000_000
-"""
+OTHER_TIME = ("unshare", "--time", "--boottime", "8640000", "--monotonic", "77777")
+"""A machine that was switched on a hundred days before this one."""
 
 
 class Jumping:
-    """An agent, and the hand on its wall clock."""
+    """An agent, and the hand on its clocks."""
 
     def __init__(self, agent: AgentUnderTest, folder: Path) -> None:
-        self.agent, self._file, self._shim = agent, folder / "shift", folder / "shim"
-        self._shim.mkdir()
-        (self._shim / "sitecustomize.py").write_text(SHIM)
-        self.jump(0)
+        folder.mkdir()
+        self.agent, self.clocks = agent, Clocks(folder)
 
     def jump(self, shift_ms: int) -> None:
-        new = self._file.with_suffix(".new")
-        new.write_text(str(shift_ms))
-        new.rename(self._file)
+        """So much away from the right time."""
+        self.clocks.right_wall()
+        self.clocks.step_wall(shift_ms, "agent", "warden")
 
     def start(self, *, ready: bool = True) -> HolderSide:
-        path = os.pathsep.join([str(self._shim), os.environ.get("PYTHONPATH", "")])
-        self.agent.start(ready=ready, PYTHONPATH=path, SHIFTED_BY=str(self._file))
+        environment: dict[str, Any] = dict(self.clocks.environment())
+        self.agent.start(ready=ready, **environment)
         return self.agent.holder()
 
     def closed_gates(self) -> dict[str, Any]:
@@ -56,7 +62,7 @@ class Jumping:
 @pytest.fixture
 def jumping(tmp_path: Path) -> Iterator[Jumping]:
     with fabric_in(tmp_path) as fabric, agent_in(fabric, tmp_path) as agent:
-        yield Jumping(agent, tmp_path)
+        yield Jumping(agent, tmp_path / "clocks")
 
 
 def token_of(jumping: Jumping, holder: HolderSide, at_ms: int, **changes: Any) -> str:
@@ -128,3 +134,93 @@ def tried_code(holder: HolderSide, text: str) -> str:
     with pytest.raises(FabricError) as refusal:
         holder.bind(text)
     return refusal.value.code
+
+
+def test_a_machine_that_was_suspended_ends_what_ran_out_and_nothing_else(jumping: Jumping) -> None:
+    """Waking up, nobody takes the others' silence for their death."""
+    alice = jumping.start()
+    short, long = (bound(jumping.agent, alice, ttl_ms=ttl_ms) for ttl_ms in (8_000, 60_000))
+    processes = [jumping.agent.child(name) for name in ("front", "warden")]
+    jumping.clocks.sleep(20_000, *NODE)
+    assert code_of(LeaseExpired, alice.read, short) == "LEASE_EXPIRED", "at the very first look"
+    assert 30_000 < alice.read(long).remaining_ms <= 40_000
+    assert jumping.agent.fabric.ledger.receipt_of(short.lease_id).cause is EndCause.EXPIRED
+    threading.Event().wait(1.3)  # whoever waited has woken by now
+    assert alice.read(long).data == bytes(16)
+    assert [jumping.agent.child(name) for name in ("front", "warden")] == processes
+    assert alice.release(long).credited
+
+
+@pytest.mark.root
+@pytest.mark.requires("root", "unshare")
+def test_a_node_with_another_boottime_keeps_the_same_hours_and_may_lose_it(
+    jumping: Jumping,
+) -> None:
+    """Durations alone cross machines; and what a boot left is not measured by its clock."""
+    agent = jumping.agent
+    agent.start(under=OTHER_TIME)
+    alice = agent.holder()
+    kept = bound(agent, alice)
+    since = time.monotonic()
+    slip = bound(agent, alice, ttl_ms=1_000)
+    refused = eventually(lambda: refusal_of(alice, slip), 5)
+    assert (type(refused), refused.code) == (LeaseExpired, "LEASE_EXPIRED")
+    assert time.monotonic() - since >= 0.99
+    agent.kill()
+    agent.start()  # by this machine's boottime: a hundred days earlier
+    receipt = agent.fabric.ledger.receipt_of(kept.lease_id)
+    assert (receipt.cause, receipt.outcome) == (EndCause.AGENT_LOST, Outcome.TORNDOWN)
+    back = agent.holder(alice.credentials)
+    assert code_of(Fenced, back.bind, agent.fabric.sign(kept)) == "EPOCH_BURNT"
+    back.release(bound(agent, back))
+
+
+def test_each_lease_that_met_its_deadline_is_counted_once_with_who_was_first(
+    jumping: Jumping,
+) -> None:
+    """Law 5 does not depend on one of the two; and what the warden did alone is told by the next
+    agent as what it was: an end at its time."""
+    alice, agent = jumping.start(), jumping.agent
+    slips = [bound(agent, alice, kind=kind, amount=4096 if kind is Kind.MEM else 1, ttl_ms=1_000)
+             for kind in (Kind.MEM, Kind.BLOCK)]  # fmt: skip
+    alice.release(bound(agent, alice))
+    for slip in slips:
+        assert agent.fabric.ledger.receipt_of(slip.lease_id).cause is EndCause.EXPIRED
+    counts = lateness(agent)
+    assert {kind: sum(by.values()) for kind, by in counts.items()} == {"mem": 1, "block": 1}
+
+    alone = bound(agent, alice, ttl_ms=1_000)
+    os.kill(agent.child("warden"), signal.SIGSTOP)  # control replaces it, but later
+    assert agent.fabric.ledger.receipt_of(alone.lease_id).cause is EndCause.EXPIRED
+    assert lateness(agent)["mem"].get("agent", 0) == counts["mem"].get("agent", 0) + 1
+
+    eventually(lambda: tried(lambda: alice.release(bound(agent, alice))))
+    slip, living = bound(agent, alice, ttl_ms=1_000), bound(agent, alice)
+    os.kill(agent.pid, signal.SIGSTOP)
+    eventually(lambda: refusal_of(alice, slip), 5)
+    eventually(lambda: (agent.state / "warden" / "1.journal").stat().st_size > 0)
+    agent.kill()
+    alice = jumping.start()
+    assert agent.fabric.ledger.receipt_of(living.lease_id).cause is EndCause.AGENT_LOST
+    assert agent.fabric.ledger.receipt_of(slip.lease_id).cause is EndCause.EXPIRED
+    assert lateness(agent) == {"mem": {"warden": 1}}
+    assert re.search(r'overrun_seconds_bucket{by="warden",kind="mem",le="0.02"}', agent.metrics())
+
+
+def lateness(agent: AgentUnderTest) -> dict[str, dict[str, int]]:
+    """How many leases met their deadline, by kind and by who ended them."""
+    name = "grafos_lease_deadline_overrun_seconds_count"
+    found: dict[str, dict[str, int]] = {}
+    for by, kind, count in re.findall(
+        name + r'{by="(\w+)",kind="(\w+)"} ([0-9.]+)', agent.metrics()
+    ):
+        found.setdefault(kind, {})[by] = int(float(count))
+    return found
+
+
+def refusal_of(holder: HolderSide, slip: Any) -> FabricError | None:
+    try:
+        holder.read(slip)
+    except FabricError as refused:
+        return refused
+    return None
