@@ -25,14 +25,12 @@ from grafos_core.chain import EventKind
 from grafos_core.failure import FabricError, invariant
 from grafos_core.gate import SLICES_MAX, Gate, Slice
 from grafos_core.lease import (
-    CLOCK_ERROR_MS,
     EndCause,
     Kind,
     LeaseId,
     OnDisconnect,
     Policy,
     RevokeStage,
-    rate_margin_ms,
 )
 from grafos_core.node_effects import (
     Answer,
@@ -70,6 +68,7 @@ from grafos_core.node_lease import (
 )
 from grafos_core.receipt import ClearOrder, Outcome, judge_clear
 from grafos_core.teardown import QUIESCE_MS_MAX, Stage, Step, Teardown, limit_ms
+from grafos_core.timefloor import TimeFloor
 from grafos_core.timers import Timers
 
 RESEND_MS_MIN: Final = 250
@@ -112,32 +111,6 @@ class Limits:
         invariant(0 < self.leases_max <= SLICES_MAX, "no more leases than the gate takes")
         invariant(self.uncredited_max >= self.leases_max, "what is live can end")
         invariant(min(self.waiters_max, self.raises_max, self.nonces_max) > 0, "some of each")
-
-
-class TimeFloor:
-    """Wall time that has certainly passed, learnt from what the control plane signed."""
-
-    __slots__ = ("_at_boot_ms", "_floor_ms")
-
-    def __init__(self, floor_ms: int, now: Instant) -> None:
-        self._floor_ms = floor_ms
-        self._at_boot_ms = now.boot_ms
-
-    def floor_ms(self, now: Instant) -> int:
-        passed_ms = now.boot_ms - self._at_boot_ms
-        return self._floor_ms + passed_ms - rate_margin_ms(passed_ms)
-
-    def learn(self, issued_ms: int, now: Instant) -> None:
-        """A signed instant; one from far ahead is not believed, it would stop this node."""
-        if issued_ms <= now.wall_ms + CLOCK_ERROR_MS and issued_ms > self.floor_ms(now):
-            self._floor_ms, self._at_boot_ms = issued_ms, now.boot_ms
-
-    def now_ms(self, now: Instant) -> int:
-        return max(now.wall_ms, self.floor_ms(now))
-
-    def regressed(self, now: Instant) -> bool:
-        """Whether the wall clock stands where it cannot stand."""
-        return now.wall_ms < self.floor_ms(now) - CLOCK_ERROR_MS
 
 
 class Endings:

@@ -16,21 +16,25 @@ from services.runtime.clock import Instant
 class LedgerTime:
     def __init__(self, floor_ms: int) -> None:
         self._now_ms = floor_ms
-        self._boot_ms: int | None = None
+        self._trusted: Instant | None = None
+        """The latest reading at which the wall clock was in order."""
         self.why = ""
         """Why nothing new is promised; empty: the clock is in order."""
 
     def read(self, now: Instant) -> int:
         """The ledger's time at this instant."""
-        before_ms = self._boot_ms
-        expected_ms = self._now_ms + (now.boot_ms - before_ms if before_ms is not None else 0)
-        self._boot_ms = now.boot_ms
-        if before_ms is not None and now.wall_ms > expected_ms + CLOCK_ERROR_MS:
-            self.why = f"the wall clock leapt ahead by {now.wall_ms - expected_ms} ms"
-            self._now_ms = expected_ms
+        right_ms = self._right_ms(now)
+        if right_ms is not None and now.wall_ms > right_ms + CLOCK_ERROR_MS:
+            self.why = f"the wall clock leapt ahead by {now.wall_ms - right_ms} ms"
+            self._now_ms = max(self._now_ms, right_ms)
         elif now.wall_ms < self._now_ms - CLOCK_ERROR_MS:
             self.why = f"the wall clock is {self._now_ms - now.wall_ms} ms behind the time floor"
         else:
-            self.why = ""
+            self.why, self._trusted = "", now
             self._now_ms = max(self._now_ms, now.wall_ms)
         return self._now_ms
+
+    def _right_ms(self, now: Instant) -> int | None:
+        """What the wall clock would show had it gone on since then like the boot-time clock."""
+        trusted = self._trusted
+        return None if trusted is None else trusted.wall_ms + now.boot_ms - trusted.boot_ms

@@ -13,6 +13,7 @@ us: in both cases nothing is proved.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -114,12 +115,26 @@ def _closed(process: Path) -> list[Closed]:
 
 
 def start_ticks(process: Path) -> int:
-    """When the process began, in clock ticks since the machine's start (proc_pid_stat(5)).
+    """When the process began, in clock ticks since the machine's start (proc_pid_stat(5)), the same
+    for every reader: an agent's successor may have another boottime (time_namespaces(7)).
 
     Raises:
         OSError: it is gone.
     """
-    return int((process / "stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    ticks = int((process / "stat").read_text(errors="replace").rpartition(")")[2].split()[19])
+    return ticks - _shift_ticks()
+
+
+@functools.cache
+def _shift_ticks() -> int:
+    """By how much this process reads all start times too late."""
+    try:
+        lines = (PROC / "self" / "timens_offsets").read_text().splitlines()
+    except OSError:
+        return 0  # a kernel without them
+    words = next((line.split() for line in lines if line.startswith("boottime")), ["", "0", "0"])
+    ticks = os.sysconf("SC_CLK_TCK")
+    return int(words[1]) * ticks + int(words[2]) * ticks // 10**9
 
 
 def began_ticks(pidfd: int) -> int:

@@ -9,6 +9,7 @@ process number and start time, so that what a dead supervisor left behind is see
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -115,10 +116,25 @@ def supervisor(run: Path) -> tuple[int, int] | None:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None where there is none, or a zombie."""
+    """When a process started, in clock ticks since boot; None where there is none, or a zombie.
+
+    The same for every reader: one with a boottime of his own (time_namespaces(7)) reads it shifted.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else int(fields[19])
+    return None if fields[0] == "Z" else int(fields[19]) - _shift_ticks()
+
+
+@functools.cache
+def _shift_ticks() -> int:
+    """By how much this process reads all start times too late."""
+    try:
+        lines = Path("/proc/self/timens_offsets").read_text("ascii").splitlines()
+    except OSError:
+        return 0  # a kernel without them
+    words = next((line.split() for line in lines if line.startswith("boottime")), ["", "0", "0"])
+    ticks = os.sysconf("SC_CLK_TCK")
+    return int(words[1]) * ticks + int(words[2]) * ticks // 10**9

@@ -63,3 +63,16 @@ def test_a_machine_that_slept_has_not_leapt() -> None:
     time.read(Instant(0, NOW))
     assert time.read(Instant(HOUR, NOW + HOUR)) == NOW + HOUR
     assert time.why == ""
+
+
+def test_a_clock_that_was_behind_for_a_while_and_is_right_again_has_not_leapt() -> None:
+    """The time that stood still meanwhile is made up for; else nothing would be granted again."""
+    time = LedgerTime(0)
+    time.read(Instant(0, NOW))
+    for second in range(1, 10):
+        assert time.read(Instant(second * 1_000, NOW + second * 1_000 - HOUR)) == NOW
+    assert time.read(Instant(10_000, NOW + 10_000)) == NOW + 10_000
+    assert time.why == ""
+    time.read(Instant(11_000, NOW + 11_000 - HOUR))
+    assert time.read(Instant(60_000, NOW + 60_000 + HOUR)) == NOW + 60_000
+    assert "leapt ahead" in time.why, "nor is a step back a way to hide one forward"
