@@ -18,8 +18,10 @@ import json
 import os
 import random
 import signal
+import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +72,8 @@ class Process:
         self.http: HttpListener | None = None
         self._stops: list[Callable[[], Any]] = []
         self._ending = threading.Event()
+        self._rung, self._bell = socket.socketpair()
+        self._bell.setblocking(False)
         self._why = ""
 
     @property
@@ -89,6 +93,8 @@ class Process:
             os._exit(KILLED_STATUS)
         self._why = why
         self._ending.set()
+        with suppress(BlockingIOError):  # it has been rung often enough
+            self._bell.send(b"!")
 
     def identity(self) -> IdentityFiles:
         """Our own certificate: asked for if there is none, and renewed in time from now on."""
@@ -148,8 +154,15 @@ class Process:
         self.values.ready_fd = None
 
     def wait(self) -> str:
-        """Until somebody wants us to end; why."""
-        self._ending.wait()
+        """Until somebody wants us to end; why. For the main thread.
+
+        It waits on a socket, into which the kernel's own signal handler writes too: a signal may
+        reach any thread, and only the main one's Python handler runs. Had it waited for a lock, it
+        would not wake up, or the handler would want the lock that it holds.
+        """
+        signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+        while not self._ending.is_set():
+            self._rung.recv(64)
         return self._why
 
     def drain(self) -> None:

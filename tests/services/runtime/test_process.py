@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -101,6 +102,20 @@ def start(tmp_path: Path) -> Iterator[Any]:
     yield make
     for each in made:
         each.close()
+
+
+SYS_TGKILL = {"x86_64": 234, "aarch64": 131}
+
+
+def test_a_signal_that_another_thread_got_ends_it_too(start: Any) -> None:
+    """The kernel may give a process's signal to any of its threads."""
+    service = start()
+    pid = service.process.pid
+    other = max(int(each) for each in os.listdir(f"/proc/{pid}/task"))
+    assert other != pid
+    number = SYS_TGKILL[os.uname().machine]
+    assert ctypes.CDLL(None).syscall(number, pid, other, signal.SIGTERM) == 0
+    assert service.process.wait(10) == 0
 
 
 def test_it_says_where_it_is_serves_and_ends_on_SIGTERM(start: Any) -> None:
