@@ -68,7 +68,9 @@ class Ledger:
         """Revocations so far, or what a node said it has seen: only rises."""
         self.on_obligations: Callable[[frozenset[NodeId]], None] = lambda nodes: None
         self.on_events: Callable[[Sequence[Event]], None] = lambda events: None
-        self._loop = Loop("ledger", on_tick=self._tick, log=log, halt=halt, clock=clock)
+        self._loop = Loop(
+            "ledger", on_tick=self._tick, log=log, halt=halt, clock=clock, after=self._timeout_ms
+        )
         self._batcher: Batcher[Ask, Answer] = Batcher(self._loop, self._handle)
 
     def begin(self, commands: Sequence[Command], body: dict[str, Any]) -> None:
@@ -154,7 +156,10 @@ class Ledger:
             self._room_at_ms = now_ms + ROOM_MS
             self._store.seek_room()
         self._show_gates()
-        timeout_ms = self._lessor.timeout_ms(now_ms)
+        return self._timeout_ms()
+
+    def _timeout_ms(self) -> int:
+        timeout_ms = self._lessor.timeout_ms(self._now_ms())
         return min(ROOM_MS, max(1, timeout_ms if timeout_ms is not None else ROOM_MS))
 
     def _now_ms(self, now: Instant | None = None) -> int:

@@ -1,10 +1,14 @@
-"""One thread that owns a service's state, and the queue through which everybody else asks it.
+"""One owner of a service's state at a time, and the queue through which everybody else asks it.
 
 Handlers of calls run in many threads and the cores know of none. So a core belongs to one owner
 thread; others hand it functions to run and wait for what they return. Between them the owner ticks:
 it tells the core the time, and is told when the time will next matter.
 
     call(f), post(f) ──► queue ──► owner: f(), f(), … then on_tick(now) ──► next timeout, wait
+
+To wake a thread and to wait for it takes longer than most functions. So whoever finds the owner
+idle and the queue empty borrows the right to the state and runs its function itself: `call`, `run`
+and a batch do so, `post` never does. Order stays: only who finds nobody before him goes ahead.
 
 Rules. Every queue is bounded; one that is full refuses with RATE at once. A function's exception
 goes to who called it. What fails with nobody waiting, a posted function or the tick, has left the
@@ -36,6 +40,9 @@ BATCH_MAX: Final = 256
 BUSY_RETRY_MS: Final = 100
 IDLE_MS_MAX: Final = 60_000
 """The owner looks at the clock at least this often, whatever the core said."""
+
+AWAKE: Final = 1 << 62
+"""As the instant until which the owner sleeps: whatever is wanted is wanted before it."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -76,10 +83,23 @@ class Loop:
         halt: Callable[[], None],
         clock: Clock = SYSTEM,
         queue_max: int = QUEUE_MAX,
+        after: Callable[[], int | None] | None = None,
     ) -> None:
-        """`on_tick(now)` does what is due and says in how many ms it wants to be asked again."""
+        """`on_tick(now)` does what is due and says in how many ms it wants to be asked again.
+
+        `after()` ends a turn that was borrowed: it does what may not wait for the tick, and says in
+        how many ms that is wanted. Without it, what was borrowed is followed by a tick at once.
+        """
         self.name, self._on_tick, self._log, self._halt = name, on_tick, log, halt
-        self._clock, self._queue_max = clock, queue_max
+        self._clock, self._queue_max, self._after = clock, queue_max, after
+        self._right = threading.Lock()
+        """To the state. Held by the owner for a turn, or by who borrows one."""
+        self._holder: int | None = None
+        """The thread that has the right."""
+        self._mine: deque[tuple[Callable[[], Any], _Slot | None]] | None = None
+        """What who borrows the right posts to itself; None: nobody borrows it."""
+        self._sleeps_until_ms = AWAKE
+        self._broken = False
         self._queue: deque[tuple[Callable[[], Any], _Slot | None]] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._closed = False
@@ -91,17 +111,23 @@ class Loop:
         self._thread.start()
 
     def call(self, function: Callable[[], _Result], timeout_ms: int | None = None) -> _Result:
-        """Run `function` in the owner thread; give back what it returns, raise what it raises.
+        """Run `function` as the owner; give back what it returns, raise what it raises.
 
-        DEADLINE after `timeout_ms`; whether the function has run is then not known. In the owner
-        thread itself it runs at once.
+        DEADLINE after `timeout_ms`; whether the function has run is then not known. For the owner
+        itself it runs at once.
         """
         if self.is_owner():
             return function()
         slot = _Slot()
-        self._submit(function, slot)
+        if not self._borrow(function, slot):
+            self._submit(function, slot)
         result: _Result = slot.take(timeout_ms)
         return result
+
+    def run(self, function: Callable[[], Any]) -> None:
+        """As `post`, but in this thread and at once where nobody is before it."""
+        if self.is_owner() or not self._borrow(function, None):
+            self._submit(function, None)
 
     def post(self, function: Callable[[], Any]) -> None:
         """Run `function` in the owner thread, later; nobody waits for it."""
@@ -118,7 +144,8 @@ class Loop:
         self._at_halt.append(abandon)
 
     def is_owner(self) -> bool:
-        return threading.current_thread() is self._thread
+        """Whether this thread has the right to the state now."""
+        return self._holder == threading.get_ident()
 
     def depth(self) -> int:
         """Functions that wait."""
@@ -129,7 +156,7 @@ class Loop:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread.is_alive() and not self.is_owner():
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout_ms / 1000)
         return not self._thread.is_alive()
 
@@ -139,6 +166,9 @@ class Loop:
                 raise failure.of("RETRY_LATER")
             if len(self._queue) >= self._queue_max:
                 raise failure.of("RATE", retry_after_ms=BUSY_RETRY_MS)
+            if self._mine is not None and self.is_owner():
+                self._mine.append((function, slot))
+                return
             self._queue.append((function, slot))
             if len(self._queue) == 1:
                 self._changed.notify()
@@ -148,27 +178,74 @@ class Loop:
             while self._turn():
                 pass
         except BaseException as error:
-            self._log.error("loop.failed", error, loop=self.name)
-            self._give_up()
-            self._halt()
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        self._broken = True
+        self._log.error("loop.failed", error, loop=self.name)
+        self._give_up()
+        self._halt()
 
     def _turn(self) -> bool:
         """Some of what is queued, one tick, one wait. False: this was the last turn."""
-        for _ in range(TURN_MAX):
-            with self._changed:
-                if not self._queue:
-                    break
-                function, slot = self._queue.popleft()
-            self._perform(function, slot)
-        timeout_ms = self._on_tick(self._clock.instant())
+        with self._right:
+            if self._broken:
+                return False
+            self._holder, self._sleeps_until_ms = threading.get_ident(), AWAKE
+            try:
+                for _ in range(TURN_MAX):
+                    with self._changed:
+                        if not self._queue:
+                            break
+                        function, slot = self._queue.popleft()
+                    self._perform(function, slot)
+                timeout_ms = self._on_tick(self._clock.instant())
+            finally:
+                self._holder = None
         with self._changed:
             if self._closed and not self._queue:
                 return False
             if not self._queue and not self._woken:
                 wait_ms = IDLE_MS_MAX if timeout_ms is None else min(timeout_ms, IDLE_MS_MAX)
+                self._sleeps_until_ms = self._clock.boot_ms() + wait_ms
                 self._changed.wait(max(0, wait_ms) / 1000)
             self._woken = False
         return True
+
+    def _borrow(self, function: Callable[[], Any], slot: _Slot | None) -> bool:
+        """Run it here, and what it posts, if the owner is idle and nobody waits."""
+        if self._queue or not self._thread.is_alive() or not self._right.acquire(blocking=False):
+            return False
+        wanted_ms: int | None = 0
+        try:
+            with self._changed:
+                if self._queue or self._closed:
+                    return False
+                self._holder, self._mine = threading.get_ident(), deque()
+            self._perform(function, slot)
+            if self._after is not None:
+                wanted_ms = self._after()
+                for _ in range(TURN_MAX):
+                    if not self._mine:
+                        break
+                    self._perform(*self._mine.popleft())
+                    wanted_ms = self._after()
+        except BaseException as error:
+            self._failed(error)
+        finally:
+            self._give_back(wanted_ms)
+        return True
+
+    def _give_back(self, wanted_ms: int | None) -> None:
+        """Let the owner tick when that is wanted, and see to what has come in the meantime."""
+        with self._changed:
+            self._queue.extendleft(reversed(self._mine or ()))
+            self._holder = self._mine = None
+            due_ms = AWAKE if wanted_ms is None else self._clock.boot_ms() + wanted_ms
+            if self._queue or self._closed or due_ms < self._sleeps_until_ms:
+                self._woken = True
+                self._changed.notify()
+        self._right.release()
 
     def _perform(self, function: Callable[[], Any], slot: _Slot | None) -> None:
         if slot is None:
@@ -242,12 +319,12 @@ class Batcher(Generic[_Item, _Result]):
             self._waiting.extend(slots)
             needs_schedule, self._scheduled = not self._scheduled, True
         if needs_schedule:
-            self._schedule()
+            self._schedule(self._loop.run)
         return [_answer(slot, timeout_ms) for _, slot in slots]
 
-    def _schedule(self) -> None:
+    def _schedule(self, how: Callable[[Callable[[], Any]], None]) -> None:
         try:
-            self._loop.post(self._handle)
+            how(self._handle)
         except FabricError as refusal:
             with self._lock:
                 self._scheduled = False
@@ -274,7 +351,7 @@ class Batcher(Generic[_Item, _Result]):
         with self._lock:
             again = self._scheduled = bool(self._waiting)
         if again:
-            self._schedule()
+            self._schedule(self._loop.post)
 
     def _abandon(self) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ from grafos_core import failure
 from grafos_core.failure import FabricError, InvariantViolation, invariant
 from services.runtime.clock import Instant
 from services.runtime.logs import Log
-from services.runtime.loop import Batcher, Loop
+from services.runtime.loop import AWAKE, Batcher, Loop
 
 
 class Owner:
@@ -45,7 +45,7 @@ def owner() -> Iterator[Owner]:
     made.loop.stop()
 
 
-def test_everything_runs_in_one_thread_in_order(owner: Owner) -> None:
+def test_what_is_posted_runs_in_the_owners_thread_in_order(owner: Owner) -> None:
     seen: list[tuple[int, int]] = []
     with ThreadPoolExecutor(8) as pool:
         for number in range(200):
@@ -54,6 +54,116 @@ def test_everything_runs_in_one_thread_in_order(owner: Owner) -> None:
     owner.loop.call(lambda: None)
     assert [number for number, _ in seen] == list(range(200))
     assert len({ident for _, ident in seen}) == 1
+
+
+def test_one_at_a_time_whoever_runs_it(owner: Owner) -> None:
+    """A counter that is read, let go of and written: two at a time would lose some."""
+    count = [0]
+    owner.on_tick = lambda: count.__setitem__(0, count[0] + 0)
+
+    def add() -> None:
+        seen = count[0]
+        threading.Event().wait(0.000_01)
+        count[0] = seen + 1
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(300):
+            pool.submit((owner.loop.call, owner.loop.run, owner.loop.post)[number % 3], add)
+    owner.loop.call(lambda: None)
+    assert count[0] == 300
+
+
+def borrowing(after: Callable[[], int | None]) -> Owner:
+    """An owner who waits for its first tick's timeout, a minute."""
+    made = Owner()
+    made.loop._after = after
+    made.timeout_ms = 60_000
+    made.loop.start()
+    made.loop.call(lambda: None)
+    wait_until(lambda: made.loop._sleeps_until_ms < AWAKE)
+    return made
+
+
+def test_who_finds_nobody_before_him_runs_it_himself() -> None:
+    owner = borrowing(lambda: None)
+    where: list[int] = []
+    owner.loop.run(lambda: where.append(threading.get_ident()))
+    assert where == [threading.get_ident()]
+    assert owner.loop.call(threading.get_ident) == threading.get_ident()
+    assert not owner.loop.is_owner()
+    owner.loop.stop()
+
+
+def test_what_was_borrowed_is_ended_by_after_and_so_is_what_it_posts() -> None:
+    story: list[str] = []
+    owner = borrowing(lambda: story.append("after"))
+    ticks = len(owner.ticks)
+
+    def first() -> None:
+        story.append("first")
+        owner.loop.post(lambda: story.append("second"))
+        owner.loop.run(lambda: story.append("third"))
+
+    story.clear()
+    owner.loop.run(first)
+    assert story == ["first", "after", "second", "after", "third", "after"]
+    assert len(owner.ticks) == ticks, "nothing was wanted of the owner"
+    owner.loop.stop()
+
+
+def test_the_owner_ticks_when_what_was_borrowed_wants_it() -> None:
+    wanted_ms = [60_000]
+    owner = borrowing(lambda: wanted_ms[0])
+    ticks = len(owner.ticks)
+    wanted_ms[0] = 5
+    owner.loop.run(lambda: None)
+    wait_until(lambda: len(owner.ticks) > ticks)
+    owner.loop.stop()
+
+
+def test_without_after_a_tick_follows(owner: Owner) -> None:
+    owner.loop.call(lambda: None)
+    ticks = len(owner.ticks)
+    owner.loop.call(lambda: None)
+    wait_until(lambda: len(owner.ticks) > ticks)
+
+
+@pytest.mark.parametrize("how", ["run", "after"])
+def test_what_fails_in_a_borrowed_turn_halts_and_nothing_runs_after_it(how: str) -> None:
+    fails = [False]
+
+    def after() -> None:
+        if fails[0] and how == "after":
+            raise OSError("disk")
+
+    owner = borrowing(after)
+    fails[0] = True
+    ticks = len(owner.ticks)
+    owner.loop.run(lambda: 1 // 0 if how == "run" else None)
+    assert owner.halted.is_set()
+    with pytest.raises(failure.Disconnected):
+        owner.loop.call(lambda: None)
+    assert owner.loop.stop()
+    assert len(owner.ticks) == ticks
+
+
+def test_what_comes_while_somebody_borrows_is_run_by_the_owner() -> None:
+    owner = borrowing(lambda: None)
+    inside, go_on, ran = threading.Event(), threading.Event(), threading.Event()
+
+    def slow() -> None:
+        inside.set()
+        go_on.wait(3)
+
+    borrower = threading.Thread(target=owner.loop.run, args=[slow])
+    borrower.start()
+    assert inside.wait(3)
+    owner.loop.run(ran.set)
+    assert not ran.is_set()
+    go_on.set()
+    assert ran.wait(3)
+    borrower.join()
+    owner.loop.stop()
 
 
 def test_an_exception_goes_to_its_caller_and_the_owner_goes_on(owner: Owner) -> None:
@@ -229,8 +339,8 @@ def test_a_batch_has_room_for_so_many_and_no_more(owner: Owner) -> None:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
+    for _ in range(5_000):
         if condition():
             return
-        threading.Event().wait(0.01)
+        threading.Event().wait(0.001)
     raise AssertionError("it did not happen in time")
