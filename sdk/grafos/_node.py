@@ -71,9 +71,18 @@ class NodeLine:
 
     def bind(self, verb: str, token: str) -> tuple[Any, int]:
         """`Bind` or `Attach`: the answer, and when its request was sent, by boottime."""
-        request = node_pb2.BindRequest(token=token, session=self._session_id)
+        request = node_pb2.BindRequest(token=token, session=self._session_id, push=True)
         sent_ms = _clock.boot_ms()
-        return self._peer.ask(verb, request, BIND_MS_MAX), sent_ms
+        answer = self._peer.ask(verb, request, BIND_MS_MAX)
+        if answer.pushed and not self._has_come(answer.lease_id):
+            request.push = False  # the session broke on the way: ask again, and come for it
+            sent_ms = _clock.boot_ms()
+            answer = self._peer.ask(verb, request, BIND_MS_MAX)
+        return answer, sent_ms
+
+    def _has_come(self, lease_id: str) -> bool:
+        session = self._session
+        return isinstance(session, LocalSession) and session.await_pushed(lease_id)
 
     def extend(self, token: str, timeout_ms: float) -> Any:
         request = node_pb2.ExtendRequest(token=token, session=self._session_id)

@@ -34,6 +34,8 @@ EXCHANGE_MS_MAX: Final = 3_000
 """For one hand-over; the desk asks control, which answers in about a millisecond."""
 DESCRIPTORS_MAX: Final = 4
 """Room for more than the one that belongs to an answer, so that strangers are closed, not lost."""
+ARRIVED_MAX: Final = 64
+"""Descriptors that wait for the thread that bound their lease."""
 PACKETS_PER_POLL_MAX: Final = 256
 RECONNECT_MS_MIN, RECONNECT_MS_MAX = 50, 1_000
 SILENCE_MS_MAX: Final = 3_000
@@ -62,6 +64,8 @@ class LocalSession:
     def __init__(self, path: str, session: str, tell: Tell) -> None:
         self._session, self._tell = session, tell
         self._lock = threading.Lock()
+        self._arrived: dict[str, int] = {}
+        """Descriptors by lease that another thread's reading brought."""
         self.is_lost = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -75,6 +79,8 @@ class LocalSession:
         """The descriptor of a lease that was bound just now; None for a kind that has none."""
         question = {"v": VERSION, "secret": secret.hex(), "session": self._session}
         with self._lock:
+            if lease_id in self._arrived:
+                return self._arrived.pop(lease_id)
             try:
                 self._socket.settimeout(EXCHANGE_MS_MAX / 1000)
                 self._socket.send(json.dumps(question).encode())
@@ -88,6 +94,17 @@ class LocalSession:
             except FabricError:
                 self._lose()  # the desk closes after a refusal
                 raise
+
+    def await_pushed(self, lease_id: str) -> bool:
+        """Whether the descriptor that the node sent before its answer is here, for `hand_over`."""
+        with self._lock:
+            if lease_id not in self._arrived and not self.is_lost:
+                try:
+                    descriptor = self._answer(lease_id, _clock.boot_ms() + EXCHANGE_MS_MAX)
+                    self._keep({"lease_id": lease_id}, descriptor)
+                except (OSError, FabricError):
+                    self._lose()
+            return lease_id in self._arrived
 
     def poll(self) -> None:
         """Pass on what has come. Never waits, not even for another thread that talks here."""
@@ -105,6 +122,8 @@ class LocalSession:
     def forget(self) -> None:
         self.is_lost = True
         self._socket.close()  # our copy of the descriptor; the parent's connection stays
+        _close_all(self._arrived.values())
+        self._arrived = {}
 
     def _drain(self) -> None:
         for _ in range(PACKETS_PER_POLL_MAX):
@@ -118,8 +137,7 @@ class LocalSession:
             except (OSError, FabricError):
                 self._lose()
                 return
-            if descriptor is not None:
-                os.close(descriptor)  # the late answer to a question that was given up
+            self._keep(message, descriptor)
             self._pass_on(message)
 
     def _answer(self, lease_id: str, end_ms: int) -> int | None:
@@ -132,8 +150,7 @@ class LocalSession:
             message, descriptor = self._receive()
             if message.get("lease_id") == lease_id:
                 return descriptor
-            if descriptor is not None:
-                os.close(descriptor)
+            self._keep(message, descriptor)
             if "failure" in message:
                 raise failure_of(message["failure"]) or failure.of("INTERNAL", "hand-over")
             self._pass_on(message)
@@ -151,6 +168,17 @@ class LocalSession:
             raise failure.of("UNREACHABLE", "descriptors of the node did not all arrive")
         raise failure.of("ENCODING", "the node's message")
 
+    def _keep(self, message: dict[str, Any], descriptor: int | None) -> None:
+        """Somebody else's, who will look for it; what nobody looked for gives way."""
+        if descriptor is None:
+            return
+        lease_id = str(message.get("lease_id"))
+        if lease_id in self._arrived:
+            os.close(self._arrived.pop(lease_id))
+        self._arrived[lease_id] = descriptor
+        while len(self._arrived) > ARRIVED_MAX:
+            os.close(self._arrived.pop(next(iter(self._arrived))))
+
     def _pass_on(self, message: dict[str, Any]) -> None:
         fields = message.get("notice")
         if isinstance(fields, dict) and fields.get("lease_id"):
@@ -159,6 +187,8 @@ class LocalSession:
     def _lose(self) -> None:
         self.is_lost = True
         self._socket.close()
+        _close_all(self._arrived.values())
+        self._arrived.clear()
 
 
 class StreamSession:

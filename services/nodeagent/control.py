@@ -25,6 +25,7 @@ from grafos_core.lease import BLOCK_BYTES, Kind, LeaseId
 from grafos_core.node import Instant, NodeCore
 from grafos_core.node_effects import (
     Bound,
+    BoundFacts,
     Detached,
     Effect,
     Extended,
@@ -105,6 +106,7 @@ class Control:
             halt=halt,
             clock=rooms.clock,
             queue_max=QUEUE_MAX,
+            after=self._perform,
         )
         self._numbers = itertools.count(1)
         self._waiting: dict[int, Answered] = {}
@@ -116,6 +118,8 @@ class Control:
         """The watched process of each session."""
         self._connected: set[str] = set()
         """Sessions that have had a connection."""
+        self._signed: tuple[tuple[ReceiptFacts, str, int], str] | None = None
+        """The last receipt: most are wanted twice in a row."""
         self._settled = False
         self._empty = threading.Event()
         self.front_ready = threading.Event()
@@ -136,6 +140,7 @@ class Control:
             self.post,
             self.now,
             self._answer,
+            self._hand_out,
             self.rooms.meters,
         )
         self.performer = Performer(tools, Partners(front, warden, self._kill_front))
@@ -160,9 +165,17 @@ class Control:
         except FabricError as refusal:
             self.rooms.log.debug("control.dropped", code=refusal.code)
 
+    def soon(self, function: Callable[[], None]) -> None:
+        """As `in_owner`, but at once and in this thread where nobody is before it. Not for what may
+        start a process."""
+        try:
+            self.loop.run(function)
+        except FabricError as refusal:
+            self.rooms.log.debug("control.dropped", code=refusal.code)
+
     def post(self, verb: Callable[[Instant], list[Effect]]) -> None:
         """Have a verb of the core called, and performed."""
-        self.in_owner(lambda: self._effects.extend(verb(self.now())))
+        self.soon(lambda: self._effects.extend(verb(self.now())))
 
     def ask(self, question: Question, timeout_ms: int) -> Result:
         """For threads of the listeners: put a question to the core, wait, raise its refusal."""
@@ -205,11 +218,18 @@ class Control:
         return "" if ordered.receipt is None else self.sign_receipt(ordered.receipt)
 
     def sign_receipt(self, facts: ReceiptFacts) -> str:
-        """With the key that is in force now; what it says is in the book already."""
+        """With the key that is in force now; what it says is in the book already. The ledger and
+        the holder get the same text."""
         book = self.rooms.book
         number, record_hash = self.performer.proofs.get(facts.lease_id, (0, ""))
+        about = (facts, book.key_id, number)
+        known = self._signed
+        if known is not None and known[0] == about:
+            return known[1]
         made = facts.receipt(self.node_id, book.incarnation, book.boot_epoch, number, record_hash)
-        return receipt.mint(made, book.key_id, book.sign)
+        text = receipt.mint(made, book.key_id, book.sign)
+        self._signed = (about, text)
+        return text
 
     def _put(self, question: Question, answered: Answered) -> None:
         number = next(self._numbers)
@@ -220,7 +240,7 @@ class Control:
 
         if self.loop.depth() >= QUESTIONS_MAX:
             raise failure.of("RATE", retry_after_ms=100)
-        self.loop.post(put)
+        self.loop.run(put)
 
     def _answer(self, number: int, result: Result) -> None:
         answered = self._waiting.pop(number, None)
@@ -230,14 +250,9 @@ class Control:
     # The owner's turn
 
     def _tick(self, now: Instant) -> int:
+        """Only the owner's own thread starts processes: they end with the thread that did."""
         self._effects.extend(self.core.tick(now))
-        effects, self._effects = self._effects, []
-        if effects:
-            self.performer.perform(effects)
-        after, self._after = self._after, []
-        for each in after:
-            each()
-        self._settle()
+        self._perform()
         self._on_tick(now)
         later_ms = self.performer.flush(now.boot_ms)
         waits = [
@@ -248,6 +263,18 @@ class Control:
             later_ms,
         ]
         return min(wait for wait in waits if wait is not None)
+
+    def _perform(self) -> int:
+        """What the core answered; in how many ms it wants to be asked again."""
+        effects, self._effects = self._effects, []
+        if effects:
+            self.performer.perform(effects)
+        after, self._after = self._after, []
+        for each in after:
+            each()
+        self._settle()
+        timeout_ms = self.core.timeout_ms(self.now())
+        return TICK_MS if timeout_ms is None else min(timeout_ms, TICK_MS)
 
     def _settle(self) -> None:
         """The last boot's leases are all proved back or fenced: its wardens may go."""
@@ -268,7 +295,7 @@ class Control:
     def asked(self, message: Message, fds: list[int], reply: Reply) -> None:
         op = message["op"]
         if op == "holder":
-            self.in_owner(lambda: self._holder(message, fds, reply))
+            self.soon(lambda: self._holder(message, fds, reply))
             return
         close_all(fds)
         match op:
@@ -381,6 +408,17 @@ class Control:
             self._watch_holder(session, fds)
         reply({"op": "exported"})
 
+    def _hand_out(self, facts: BoundFacts, session: str) -> bool:
+        """A process that came for an earlier lease need not come for this one."""
+        held = self.rooms.slices.held(facts.lease_id)
+        if held is None or not facts.may_export or facts.kind is not Kind.MEM:
+            return False
+        if session not in self._holders or session not in self._began:
+            return False
+        self.rooms.slices.export(held, self._began[session])
+        self.core.exported(facts.lease_id)
+        return True
+
     def _watch_holder(self, session: str, fds: list[int]) -> None:
         def gone(now: Instant) -> list[Effect]:
             self._holders.pop(session, None)
@@ -427,6 +465,7 @@ class Control:
     def _kill_front(self, why: str) -> None:
         self.rooms.log.warning("front.killed", why=why)
         self.front.kill()
+        self.loop.wake()  # the next one is started by a tick
 
     def front_lost(self) -> None:
         """It is gone, with everything it had in flight."""

@@ -141,6 +141,8 @@ class OpenLease:
     ops: frozenset[str]
     """What its token allows: `read`, `write`."""
     storage: Storage
+    handed: bool = False
+    """Control counts the memfd as handed out to this session already."""
 
     @property
     def granule_bytes(self) -> int:

@@ -138,6 +138,10 @@ class Line:
         finally:
             self._close()
 
+    def push(self, lease_id: str, descriptor: int) -> bool:
+        """No descriptor comes down a data port."""
+        return False
+
     def tell(self, news: News) -> None:
         """From any thread, without waiting."""
         self._news.append(frames.said(frames.NOTICE, 0, notice_fields(news)))

@@ -73,6 +73,8 @@ class ControlLine:
     def hand_over(self, offer: Offer, pidfd: int) -> int | None:
         """A descriptor of the holder's own, once control knows of him; None if there is none."""
         lease = self.table.find(offer.lease_id, offer.holder_key)
+        if lease.handed:
+            return _own_descriptor(lease)
         exported = lease.descriptor and isinstance(lease.storage, MemoryStorage)
         question = {"op": "holder", "session": lease.session, "lease": offer.lease_id}
         try:
@@ -84,10 +86,15 @@ class ControlLine:
         close_all(fds)
         if "failure" in answer:
             raise refusal_of(answer["failure"])
-        if not exported:
+        return _own_descriptor(lease) if exported else None
+
+    def descriptor_for(self, lease_id: str, holder_key: str) -> int | None:
+        """One that may be sent at once, since control knows who gets it; None: he has to come."""
+        try:
+            lease = self.table.find(lease_id, holder_key)
+        except FabricError:  # over by now: his first operation says why
             return None
-        assert isinstance(lease.storage, MemoryStorage)
-        return own_description(lease.storage.descriptor)
+        return _own_descriptor(lease) if lease.handed else None
 
     def _report(self, message: Message) -> None:
         try:
@@ -147,6 +154,7 @@ class FrontDesk:
             descriptor=message["descriptor"],
             ops=frozenset(message["ops"]),
             storage=storage,
+            handed=message["handed"],
         )
         self.line.table.open(lease)
         self.line.link.reply(message, {"op": "opened"})
@@ -197,6 +205,11 @@ class FrontDesk:
         if fields.get("failure"):
             ended = Ended(fields["holder_key"], refusal_of(fields["failure"]))
             self.line.table.remember(lease_id, ended)
+
+
+def _own_descriptor(lease: OpenLease) -> int:
+    assert isinstance(lease.storage, MemoryStorage)
+    return own_description(lease.storage.descriptor)
 
 
 def news_of(message: Message) -> News:

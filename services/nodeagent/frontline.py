@@ -8,7 +8,9 @@ link, where tokens are verified.
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -22,6 +24,7 @@ from services.nodeagent.pidwatch import ProcessWatch
 
 MODULE: Final = "services.nodeagent.front"
 STOP_S: Final = 1.5
+ANSWER_MS_MAX: Final = 1_000
 
 Reply = Callable[[Mapping[str, Any]], None]
 
@@ -79,6 +82,10 @@ class FrontLine:
         self._line: Line | None = None
         self._back_off = BackOff()
         self._wanted = False
+        self._numbers = itertools.count(1)
+        self._owed: dict[int, int] = {}
+        """Since when, by number, of what is expected of it; oldest first."""
+        self._owed_lock = threading.Lock()
         self.endpoint = ""
         """Where holders connect; the same after every restart."""
         self.data_port = 0
@@ -101,6 +108,8 @@ class FrontLine:
     def tick(self) -> int | None:
         """Start what is due; how long until that may be, None: nothing is."""
         now_ms = self._clock_ms()
+        if self._is_silent(now_ms):
+            self.kill()
         if self._wanted and self._child is None and self._back_off.take(now_ms):
             self._spawn(now_ms)
         due_ms = self._back_off.due_ms
@@ -120,6 +129,23 @@ class FrontLine:
         else:
             self._line.ask(message, fds, answered)
 
+    def expect(self, message: Mapping[str, Any]) -> None:
+        """Something that it has to do, though nobody waits. One that answers nothing for a second
+        is no use to anybody: it is killed at a tick, and the next one is started."""
+        number = next(self._numbers)
+        with self._owed_lock:
+            self._owed[number] = self._clock_ms()
+
+        def done(answer: Message | None) -> None:
+            with self._owed_lock:
+                self._owed.pop(number, None)
+
+        self.ask(message, [], done)
+
+    def _is_silent(self, now_ms: int) -> bool:
+        with self._owed_lock:
+            return now_ms - next(iter(self._owed.values()), now_ms) > ANSWER_MS_MAX
+
     def kill(self) -> None:
         """End it, and have nothing of it left when this returns."""
         child, self._child, self._line = self._child, None, None
@@ -127,6 +153,8 @@ class FrontLine:
             return
         child.kill()
         child.close()
+        with self._owed_lock:
+            self._owed.clear()
         self.restarts += 1
         self._back_off.died(started_ms=child.started_ms, now_ms=self._clock_ms())
         self._lost()

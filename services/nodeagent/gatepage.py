@@ -186,6 +186,12 @@ class GatePage:
     def in_flight(self, slot: int) -> int:
         return self._words[self._cell(slot, _FRONT)]
 
+    def is_quiet(self, slot: int) -> bool:
+        """Only control, after it has closed its cell: nothing is in flight, and what enters from
+        now on is refused."""
+        self._fence()
+        return self.in_flight(slot) == 0
+
     def reset_in_flight(self) -> None:
         """Only control, and only while no front lives: the dead have nothing in flight."""
         for slot in range(self.slots):

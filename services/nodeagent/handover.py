@@ -15,7 +15,8 @@ whose lease it is (SO_PEERCRED, where the holder's name says which user that is)
 the connection. One connection serves all leases of a process. The descriptor that leaves is an
 open file description of its own, so that locks taken on it are the holder's. Control has marked
 the lease as exported before the descriptor leaves. Leases without a descriptor use the same
-handshake.
+handshake. To a process that control watches already, and that asked for it, the descriptor is sent
+by itself, before the answer to the bind: it need not come for it.
 """
 
 from __future__ import annotations
@@ -156,6 +157,13 @@ class LocalHolder:
     def tell(self, news: News) -> None:
         with suppress(OSError):  # full or gone: the next operation says it
             self.send({"notice": notice_fields(news)})
+
+    def push(self, lease_id: str, descriptor: int) -> bool:
+        try:
+            self.send({"lease_id": lease_id, "descriptor": True}, descriptor)
+        except OSError:  # full or gone: he may come for it
+            return False
+        return True
 
     def send(self, message: dict[str, Any], descriptor: int | None = None) -> None:
         packet = json.dumps({"v": VERSION, **message}, separators=(",", ":")).encode()

@@ -7,6 +7,7 @@ before anything is done with them, and nothing that he sent is repeated in a ref
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import zlib
@@ -46,6 +47,9 @@ class Control(Protocol):
     def ask(self, op: str, timeout_ms: int, **fields: Any) -> dict[str, Any]:
         """Control's answer; its refusals are raised."""
 
+    def descriptor_for(self, lease_id: str, holder_key: str) -> int | None:
+        """A descriptor that may be sent at once to the session that bound the lease, if any."""
+
 
 class NoticeStream:
     """One holder's stream of notices, from whoever has news to the thread that sends it."""
@@ -58,6 +62,10 @@ class NoticeStream:
             self._news.put_nowait(news)
         except queue.Full:  # the next operation on the lease says it
             pass
+
+    def push(self, lease_id: str, descriptor: int) -> bool:
+        """No descriptor goes down a stream."""
+        return False
 
     def end(self) -> None:
         try:
@@ -239,6 +247,7 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
             session=session,
             **_named(caller),
         )
+        pushed = request.push and self._push(answer["lease_id"], caller, session)
         now_ms = self._boottime_ms()
         offer = Offer(
             answer["lease_id"],
@@ -253,14 +262,25 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
             generation=answer["generation"],
             remaining_ms=answer["remaining_ms"],
             handover_path=self._places.handover_path,
-            handover_secret=self._offers.add(offer, now_ms),
+            handover_secret=b"" if pushed else self._offers.add(offer, now_ms),
             size_bytes=answer["size_bytes"],
             block_bytes=answer["block_bytes"],
             descriptor=answer["descriptor"],
             direct_io=answer["direct_io"],
             data_path=self._places.data_path,
             data_port=self._places.data_port,
+            pushed=pushed,
         )
+
+    def _push(self, lease_id: str, caller: Peer, session: str) -> bool:
+        """Send the memfd down the open connection of a process that control knows already."""
+        descriptor = self._control.descriptor_for(lease_id, caller.key_thumbprint)
+        if descriptor is None:
+            return False
+        try:
+            return self._sessions.push(session, lease_id, descriptor)
+        finally:
+            os.close(descriptor)
 
     def _read(
         self, caller: Peer, request: node_pb2.ReadRequest, offset: int, length: int

@@ -42,6 +42,7 @@ from grafos_core.node_effects import (
     WardenHold,
     WardenRaise,
 )
+from grafos_core.node_lease import NO_SLOT
 from grafos_core.receipt import MEASURED_CHARS_MAX, Outcome, shortened
 from grafos_core.recollection import PROVING
 from grafos_core.teardown import Step
@@ -108,11 +109,16 @@ class Watcher(Protocol):
     def settled(self, receipt: ReceiptFacts) -> None: ...
 
 
+class Front(Partner, Protocol):
+    def expect(self, message: Mapping[str, Any]) -> None:
+        """Something that it has to do, and nobody waits for."""
+
+
 @dataclass(slots=True)
 class Partners:
     """The processes beside us, as they come and go."""
 
-    front: Partner
+    front: Front
     warden: Partner
     kill_front: Callable[[str], None]
 
@@ -130,6 +136,8 @@ class Tools:
     """Have the owner call a verb of the core and perform what it returns. From any thread."""
     now: Callable[[], Instant]
     answer: Callable[[int, Result], None]
+    hand_out: Callable[[BoundFacts, str], bool]
+    """Count a lease's memory as handed out to a session whose process is known; whether it is."""
     watcher: Watcher
 
 
@@ -142,8 +150,8 @@ class Performer:
         self._facts: dict[str, BoundFacts] = {}
         """As last bound or attached, of what is charged."""
         self._ops: dict[str, tuple[str, ...]] = {}
-        self._in_front: dict[str, str] = {}
-        """Session by lease, of what the front has open."""
+        self._in_front: dict[str, tuple[str, int]] = {}
+        """Session and slot by lease, of what the front has open."""
         self._ended: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._later: list[Persist] = []
         """Records that nothing rests on; they go with the next batch."""
@@ -212,7 +220,7 @@ class Performer:
 
     def sessions(self) -> set[str]:
         """Of all leases that the front has open."""
-        return set(self._in_front.values())
+        return {session for session, _ in self._in_front.values()}
 
     def ended_messages(self) -> Iterable[Message]:
         """For a fresh front: what has ended and why, in messages of a bounded size."""
@@ -345,16 +353,21 @@ class Performer:
             "deadline_ms": effect.deadline_ms,
             "session": effect.session,
             "ops": list(self._ops.get(effect.lease_id, ())),
+            "handed": self._tools.hand_out(facts, effect.session),
             **fields,
         }
-        self._in_front[effect.lease_id] = effect.session
+        self._in_front[effect.lease_id] = (effect.session, effect.slot)
         self.partners.front.send(message, fds)
 
     def _shut_front(self, effect: ShutFront) -> None:
         core, lease_id, attempt = self._tools.core, effect.lease_id, effect.attempt
-        self._in_front.pop(lease_id, None)
+        _, slot = self._in_front.pop(lease_id, ("", NO_SLOT))
         ended = self._ended.get(lease_id, {})
         message: dict[str, Any] = {"op": "shut", "lease": lease_id, **ended}
+        if self._is_quiet(lease_id, slot):
+            self.partners.front.expect(message)
+            self._step(lease_id, Step.QUIESCE, attempt, lambda: {"in_flight": 0})
+            return
 
         def answered(answer: Message | None) -> None:
             if answer is None:
@@ -368,6 +381,14 @@ class Performer:
                 )
 
         self.partners.front.ask(message, [], answered)
+
+    def _is_quiet(self, lease_id: str, slot: int) -> bool:
+        """Whether nothing is in flight, as the gate page shows since its gate was closed: then the
+        front need not be asked, for what comes later finds the gate closed. Of blocks it has the
+        key, and has to say that it is gone."""
+        facts = self._facts.get(lease_id)
+        is_memory = facts is not None and facts.kind is Kind.MEM
+        return is_memory and slot != NO_SLOT and self._tools.gate.is_quiet(slot)
 
     def _kill_front(self, effect: KillFront) -> None:
         self.partners.kill_front(effect.why)

@@ -38,6 +38,9 @@ class Connection(Protocol):
     def tell(self, news: News) -> None:
         """Pass it on without waiting; drop it where that is not possible."""
 
+    def push(self, lease_id: str, descriptor: int) -> bool:
+        """Send a lease's descriptor without waiting; whether that was possible."""
+
 
 class Watcher(Protocol):
     def session_back(self, session: str) -> None: ...
@@ -86,6 +89,12 @@ class Sessions:
             known = list(self._connections.get(session, []))
         for each in known:
             each.tell(news)
+
+    def push(self, session: str, lease_id: str, descriptor: int) -> bool:
+        """Whether one of its connections took the descriptor."""
+        with self._lock:
+            known = list(self._connections.get(session, []))
+        return any(each.push(lease_id, descriptor) for each in known)
 
     def _full(self) -> bool:
         return len(self._connections) >= SESSIONS_MAX

@@ -7,7 +7,7 @@ that died. What an old one still says is not heard. For the owner's thread, but 
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -61,8 +61,9 @@ class WardenLine:
         self._child: Child | None = None
         self._line: Line | None = None
         self._back_off = BackOff()
-        self._owed: deque[tuple[int, int]] = deque()
-        """(number, since) of questions that are not answered."""
+        self._owed: dict[int, int] = {}
+        """Since when, by number, of questions that are not answered; oldest first."""
+        self._owed_lock = threading.Lock()
         self._asked = 0
         self._looked_ms = clock_ms()
         self._ping_ms = 0
@@ -86,7 +87,7 @@ class WardenLine:
             self._owed = deque((number, since_ms + away_ms) for number, since_ms in self._owed)
         if self._wanted and self._child is None and self._back_off.take(now_ms):
             self._spawn(now_ms)
-        if self._owed and now_ms - self._owed[0][1] > ANSWER_MS_MAX:
+        if now_ms - self._oldest_owed_ms(now_ms) > ANSWER_MS_MAX:
             self.kill()
         if self._child is None:
             due_ms = self._back_off.due_ms
@@ -110,11 +111,13 @@ class WardenLine:
             return
         self._asked += 1
         number = self._asked
-        self._owed.append((number, self._clock_ms()))
+        with self._owed_lock:
+            self._owed[number] = self._clock_ms()
 
         def settled(answer: Message | None) -> None:
+            with self._owed_lock:
+                self._owed.pop(number, None)
             answered(answer)
-            self._in_owner(lambda: self._settle(number))
 
         self._line.ask(message, fds, settled)
 
@@ -130,7 +133,8 @@ class WardenLine:
             return
         child.kill()
         child.close()
-        self._owed.clear()
+        with self._owed_lock:
+            self._owed.clear()
         self.restarts += 1
         self._back_off.died(started_ms=child.started_ms, now_ms=self._clock_ms())
         self._events.lost()
@@ -146,8 +150,9 @@ class WardenLine:
         if child.ended_within(BYE_S):
             child.close()  # otherwise it holds something: it stays, and the next agent asks it
 
-    def _settle(self, number: int) -> None:
-        self._owed = deque(each for each in self._owed if each[0] != number)
+    def _oldest_owed_ms(self, now_ms: int) -> int:
+        with self._owed_lock:
+            return next(iter(self._owed.values()), now_ms)
 
     def _spawn(self, now_ms: int) -> None:
         arguments = [

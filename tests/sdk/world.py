@@ -42,7 +42,7 @@ from services.nodeagent.dataport import DataPort, Terms
 from services.nodeagent.gatepage import CellState, GatePage
 from services.nodeagent.handover import HandoverServer, Offer, Offers, own_description
 from services.nodeagent.holders import NodeServicer, Places
-from services.nodeagent.sessions import News, Sessions
+from services.nodeagent.sessions import News, Sessions, session_key
 from services.runtime import calls
 from services.runtime.clock import SYSTEM
 from services.runtime.logs import Log
@@ -210,6 +210,8 @@ class Control:
         self.before: Callable[[str], None] = lambda op: None
         self.asked: list[str] = []
         self.exported: list[str] = []
+        self.known: set[str] = set()
+        """Sessions whose process has come for a lease: they are sent the next ones."""
         self.descriptor = True
         self.credits = True
         self.silent_end = False
@@ -241,9 +243,17 @@ class Control:
     def hand_over(self, offer: Offer, pidfd: int) -> int | None:
         self.before("hand_over")
         lease = self.table.find(offer.lease_id, offer.holder_key)
+        self.known.add(session_key(offer.holder_key, offer.session))
+        return self._give_out(lease)
+
+    def descriptor_for(self, lease_id: str, holder_key: str) -> int | None:
+        lease = self.table.find(lease_id, holder_key)
+        return self._give_out(lease) if lease.session in self.known else None
+
+    def _give_out(self, lease: OpenLease) -> int | None:
         if not lease.descriptor:
             return None
-        self.exported.append(offer.lease_id)
+        self.exported.append(lease.lease_id)
         assert isinstance(lease.storage, MemoryStorage)
         return own_description(lease.storage.descriptor)
 
@@ -285,6 +295,8 @@ class Control:
 
     def _bind(self, *, token: str, session: str, peer_key: str, **_: Any) -> dict[str, Any]:
         grant = self.book.by_token(token)
+        if grant.bound and session == grant.session:  # its answer was lost
+            return self._attach(token=token, session=session, peer_key=peer_key)
         if grant.bound:
             raise failure.of("LEASE_BOUND")
         size_bytes = grant.lease.amount

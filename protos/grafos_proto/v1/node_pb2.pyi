@@ -25,18 +25,22 @@ class BindRequest(_message.Message):
 
     TOKEN_FIELD_NUMBER: _builtins.int
     SESSION_FIELD_NUMBER: _builtins.int
+    PUSH_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     session: _builtins.str
     """32 hexadecimal digits, one per holder process"""
+    push: _builtins.bool
+    """the descriptor may come down the open hand-over connection"""
     def __init__(
         self,
         *,
         token: _builtins.str = ...,
         session: _builtins.str = ...,
+        push: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["push", b"push", "session", b"session", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -58,6 +62,7 @@ class BindResponse(_message.Message):
     DIRECT_IO_FIELD_NUMBER: _builtins.int
     DATA_PATH_FIELD_NUMBER: _builtins.int
     DATA_PORT_FIELD_NUMBER: _builtins.int
+    PUSHED_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     epoch: _builtins.int
     generation: _builtins.int
@@ -78,6 +83,8 @@ class BindResponse(_message.Message):
     """data port, a unix socket on the node's machine; empty: none"""
     data_port: _builtins.int
     """data port, TLS on the host where this was asked; 0: none"""
+    pushed: _builtins.bool
+    """the descriptor was sent before this answer; no secret then"""
     def __init__(
         self,
         *,
@@ -93,10 +100,11 @@ class BindResponse(_message.Message):
         direct_io: _builtins.str = ...,
         data_path: _builtins.str = ...,
         data_port: _builtins.int = ...,
+        pushed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "data_path", b"data_path", "data_port", b"data_port", "descriptor", b"descriptor", "direct_io", b"direct_io", "epoch", b"epoch", "generation", b"generation", "handover_path", b"handover_path", "handover_secret", b"handover_secret", "lease_id", b"lease_id", "remaining_ms", b"remaining_ms", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_bytes", b"block_bytes", "data_path", b"data_path", "data_port", b"data_port", "descriptor", b"descriptor", "direct_io", b"direct_io", "epoch", b"epoch", "generation", b"generation", "handover_path", b"handover_path", "handover_secret", b"handover_secret", "lease_id", b"lease_id", "pushed", b"pushed", "remaining_ms", b"remaining_ms", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

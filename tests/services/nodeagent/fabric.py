@@ -275,8 +275,8 @@ class HolderSide:
         )
         self.stub = node_pb2_grpc.NodeServiceStub(self.channel)
 
-    def bind(self, text: str) -> node_pb2.BindResponse:
-        request = node_pb2.BindRequest(token=text, session=self.session)
+    def bind(self, text: str, *, push: bool = False) -> node_pb2.BindResponse:
+        request = node_pb2.BindRequest(token=text, session=self.session, push=push)
         answer: node_pb2.BindResponse = self.call("Bind", request)
         return answer
 

@@ -119,8 +119,8 @@ class TestWhenThingsDie:
         own.order("Revoke", order)
         receipt = own.fabric.ledger.receipt_of(slip.lease_id)
         assert receipt.outcome is Outcome.TORNDOWN
-        assert receipt.duration_us < 1_000_000, "a front that does not empty is killed at 250 ms"
-        assert own.child("front") != front
+        assert receipt.duration_us < 1_000_000, "nothing was in flight: nobody waits for the front"
+        eventually(lambda: own.child("front") not in (front, 0))
         assert eventually(lambda: tried(lambda: alice.read(other).data)) == bytes(16)
         assert code_of(Revoked, alice.read, slip) == "REVOKED"
 

@@ -124,6 +124,7 @@ class FrontUnderTest:
             "op": "open", "lease": lease.lease_id, "slot": lease.slot, "epoch": lease.epoch,
             "generation": 1, "kind": "mem", "holder_key": holder.thumbprint,
             "deadline_ms": deadline_ms, "descriptor": True, "session": "", "ops": ["read", "write"],
+            "handed": False,
         }  # fmt: skip
         answer, _ = self.child.link.request({**plain, **changes}, fds, 5_000)
         assert answer["op"] == "opened"
@@ -513,6 +514,53 @@ class TestHandover:
         }  # fmt: skip
         front.answers["holder"] = lambda message: {}
         return lease, holder.bind("a.b.c").handover_secret
+
+    def test_who_has_come_before_is_sent_the_descriptor_before_the_answer(
+        self, front: FrontUnderTest, alice: HolderSide
+    ) -> None:
+        _, secret = self.bound(front, alice)
+        with arrived(front) as sock:
+            os.close(present(sock, secret, alice.session)[1][0])
+            lease, _ = self.bound(front, alice, handed=True)
+            answer = alice.bind("a.b.c", push=True)
+            assert (answer.pushed, answer.handover_secret) == (True, b"")
+            packet, fds, _, _ = socket.recv_fds(sock, 4_096, 4, socket.MSG_DONTWAIT)
+            pushed = {"v": 1, "lease_id": lease.lease_id, "descriptor": True}
+            assert json.loads(packet) == pushed
+            os.pwrite(fds[0], b"sent", 0)
+            assert alice.read(lease, 0, 4).data == b"sent"
+            assert len(front.ops("holder")) == 1, "control counted it when it opened the lease"
+            os.close(fds[0])
+
+    @pytest.mark.parametrize("why", ["he did not ask", "control does not know him", "he is gone"])
+    def test_otherwise_he_gets_a_secret(
+        self, front: FrontUnderTest, alice: HolderSide, why: str
+    ) -> None:
+        _, secret = self.bound(front, alice)
+        with arrived(front) as sock:
+            os.close(present(sock, secret, alice.session)[1][0])
+            if why == "he is gone":
+                sock.close()
+                eventually(lambda: front.ops("session_lost"))
+            lease, _ = self.bound(front, alice, handed=why != "control does not know him")
+            answer = alice.bind("a.b.c", push=why != "he did not ask")
+            assert (answer.pushed, len(answer.handover_secret)) == (False, 16)
+            if why != "he is gone":
+                told, fds = present(sock, answer.handover_secret, alice.session)
+                assert told["lease_id"] == lease.lease_id
+                os.close(fds[0])
+
+    def test_who_takes_nothing_in_is_not_waited_for(
+        self, front: FrontUnderTest, alice: HolderSide
+    ) -> None:
+        _, secret = self.bound(front, alice)
+        with arrived(front) as sock:
+            os.close(present(sock, secret, alice.session)[1][0])
+            self.bound(front, alice, handed=True)
+            answers = [alice.bind("a.b.c", push=True).pushed for _ in range(1_000)]
+            assert answers[0]
+            assert not answers[-1]
+            assert not any(answers[answers.index(False) :])
 
     def test_the_secret_yields_the_memory_itself(
         self, front: FrontUnderTest, alice: HolderSide

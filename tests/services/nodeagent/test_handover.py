@@ -5,6 +5,7 @@ A socket that is not a local one knows no process at its other end, as on a kern
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import socket
@@ -29,6 +30,7 @@ def stranger() -> Iterator[socket.socket]:
 @pytest.fixture
 def crowded() -> Iterator[None]:
     """A process that has as many descriptors as an agent with a thousand leases."""
+    gc.collect()  # what the tests before this one left is not closed in the middle of it
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(2 * SELECT_MAX, limits[1]), limits[1]))
     taken = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)]

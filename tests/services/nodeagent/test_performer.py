@@ -58,6 +58,9 @@ class Scribe:
         return []
 
     # front and warden
+    def expect(self, message: Mapping[str, Any]) -> None:
+        self.lines.append(f"expect {message['op']}")
+
     def send(self, message: Mapping[str, Any], fds: Sequence[int] = ()) -> bool:
         self.lines.append(f"send {message['op']}")
         return True
@@ -105,8 +108,9 @@ def performer(scribe: Scribe, gate: GatePage) -> Performer:
     core = NodeCore("n1", "cd" * 16, {Kind.MEM: 1 << 20}, Recovered(), NOW)
     slices = Slices("cd" * 16, MemoryDevice(1 << 20), None)
     tools = Tools(
-        core, gate, slices, scribe, scribe, lambda verb: None, lambda: NOW, scribe.answer, scribe
-    )
+        core, gate, slices, scribe, scribe, lambda verb: None, lambda: NOW, scribe.answer,
+        lambda facts, session: False, scribe,
+    )  # fmt: skip
     return Performer(tools, Partners(scribe, scribe, lambda why: None))
 
 

@@ -25,7 +25,8 @@ from services.nodeagent.orphans import recover_leftovers, start_ticks
 from services.nodeagent.slices import Slices
 from tests.services.nodeagent.fabric import eventually
 
-INCARNATION = "cd" * 16
+INCARNATION = secrets.token_hex(16)
+"""Its own: other tests have memory, too, and may run at the same time."""
 
 
 def facts(kind: Kind, amount: int, holder: str = "") -> BoundFacts:
@@ -37,7 +38,8 @@ def holder_id(uid: int) -> str:
     return str(holder_of_process("t", uid=uid, pid=1, start_ticks=1))
 
 
-STRANGER: Final = 65_533
+STRANGER: Final = 65_521
+"""A user of whom no other test has processes."""
 STRANGER_ID: Final = holder_id(STRANGER)
 NOBODY: Final = 65_534
 
