@@ -265,22 +265,42 @@ def judge(
     skew_ms: int = CLOCK_ERROR_MS,
 ) -> None:
     """Step 6: refuse a well-formed token that is not for this issuer, node, moment and holder."""
+    judge_issuer(token, issuer)
+    judge_audience(token, audience)
+    judge_times(token)
+    judge_moment(token, now_ms, skew_ms)
+    judge_epoch(token)
+    judge_holder(token, holder_thumbprint)
+
+
+def judge_issuer(token: LeaseToken, issuer: str) -> None:
     if token.issuer != issuer:
         jws.refuse("TOKEN_ISSUER")
+
+
+def judge_audience(token: LeaseToken, audience: str) -> None:
     if token.audience != audience:
         jws.refuse("TOKEN_AUDIENCE")
-    _judge_times(token)
+
+
+def judge_moment(token: LeaseToken, now_ms: int, skew_ms: int = CLOCK_ERROR_MS) -> None:
     if now_ms >= token.exp_ms:
         jws.refuse("TOKEN_EXPIRED")
     if now_ms + skew_ms < max(token.nbf_ms, token.iat_ms):
         jws.refuse("TOKEN_IMMATURE")
+
+
+def judge_epoch(token: LeaseToken) -> None:
     if not 0 < token.epoch <= EPOCH_MAX:
         jws.refuse("EPOCH_RANGE")
-    if not hmac.compare_digest(token.holder_thumbprint.encode(), holder_thumbprint.encode()):
+
+
+def judge_holder(token: LeaseToken, thumbprint: str) -> None:
+    if not hmac.compare_digest(token.holder_thumbprint.encode(), thumbprint.encode()):
         jws.refuse("HOLDER_MISMATCH")
 
 
-def _judge_times(token: LeaseToken) -> None:
+def judge_times(token: LeaseToken) -> None:
     """Whether the times agree with each other, whatever the time is now."""
     if not TTL_MS_MIN <= token.ttl_ms <= TTL_MS_MAX:
         jws.refuse("TOKEN_TTL", "the lease's TTL")

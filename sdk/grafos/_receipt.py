@@ -155,11 +155,12 @@ def _keys(published: Iterable[VerificationKey], said: CoreReceipt) -> CoreKeys:
         owner = each.owner
         if owner.startswith(spiffe.SCHEME) and owner.endswith(f"/node/{said.node_id}"):
             owner = token.audience_of(said.node_id, said.incarnation)
-        keys.add(jws.RECEIPT, each.key_id, _verifier(each.public_key), owner=owner)
+        keys.add(jws.RECEIPT, each.key_id, verifier_of(each.public_key), owner=owner)
     return keys
 
 
-def _verifier(public_key: bytes) -> Any:
+def verifier_of(public_key: bytes) -> Any:
+    """Whether a message was signed with this Ed25519 key of 32 bytes; RECEIPT where it is none."""
     from cryptography.exceptions import InvalidSignature  # a slow import, for those who verify
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import grpc
@@ -54,18 +53,18 @@ class Owner(Protocol):
     def bound_reported(self, report: Reported, refusal: FabricError | None) -> None: ...
 
 
-@dataclass(slots=True)
 class Outbox:
-    """What waits to be sent, and the one thing that wakes the thread that sends it."""
+    """What waits to be sent. One lock, and a bell for each who waits: to wake a thread that has
+    nothing to do costs those that have."""
 
-    wake: threading.Condition
-    receipts: dict[str, ReceiptFacts]
-    bound: dict[str, Reported]
-    stopped: bool = False
-
-    @staticmethod
-    def empty() -> Outbox:
-        return Outbox(threading.Condition(), {}, {})
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.new_receipt, self.new_bound, self.settled = (
+            threading.Condition(self.lock) for _ in range(3)
+        )
+        self.receipts: dict[str, ReceiptFacts] = {}
+        self.bound: dict[str, Reported] = {}
+        self.stopped = threading.Event()
 
 
 class LedgerLink:
@@ -75,7 +74,7 @@ class LedgerLink:
         self, channel: PeerChannel, owner: Owner, sign: Callable[[ReceiptFacts], str]
     ) -> None:
         self._channel, self._owner, self._sign = channel, owner, sign
-        self._outbox = Outbox.empty()
+        self._outbox = Outbox()
         self._register_now = threading.Event()
         self._made: tuple[grpc.Channel, ledger_pb2_grpc.LedgerServiceStub] | None = None
 
@@ -84,9 +83,11 @@ class LedgerLink:
             threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
     def stop(self) -> None:
-        with self._outbox.wake:
-            self._outbox.stopped = True
-            self._outbox.wake.notify_all()
+        box = self._outbox
+        with box.lock:
+            box.stopped.set()
+            for bell in (box.new_receipt, box.new_bound, box.settled):
+                bell.notify_all()
         self._register_now.set()
 
     def register_soon(self) -> None:
@@ -95,27 +96,27 @@ class LedgerLink:
 
     def send_receipt(self, receipt: ReceiptFacts) -> None:
         """Until the ledger has answered. A second receipt for a lease replaces the first."""
-        with self._outbox.wake:
+        with self._outbox.lock:
             self._outbox.receipts[receipt.lease_id] = receipt
-            self._outbox.wake.notify_all()
+            self._outbox.new_receipt.notify()
 
     def report_bound(self, report: Reported) -> None:
-        with self._outbox.wake:
+        with self._outbox.lock:
             self._outbox.bound[report[0]] = report
-            self._outbox.wake.notify_all()
+            self._outbox.new_bound.notify()
 
     def forget_bound(self, lease_id: str) -> None:
         """The lease has ended: its receipt says more."""
-        with self._outbox.wake:
+        with self._outbox.lock:
             self._outbox.bound.pop(lease_id, None)
 
     def wait_sent(self, timeout_s: float) -> bool:
         """Whether every receipt was acknowledged in time."""
-        with self._outbox.wake:
-            return self._outbox.wake.wait_for(lambda: not self._outbox.receipts, timeout_s)
+        with self._outbox.lock:
+            return self._outbox.settled.wait_for(lambda: not self._outbox.receipts, timeout_s)
 
     def _register_always(self) -> None:
-        while not self._outbox.stopped:
+        while not self._outbox.stopped.is_set():
             self._register_now.clear()
             try:
                 self._owner.registered(self._register())
@@ -134,9 +135,10 @@ class LedgerLink:
         box = self._outbox
 
         def next_batch() -> list[Reported]:
-            with box.wake:
-                box.wake.wait_for(lambda: box.bound or box.stopped)
-                box.wake.wait_for(lambda: box.stopped, GATHER_S)
+            with box.lock:
+                box.new_bound.wait_for(lambda: box.bound or box.stopped.is_set())
+            box.stopped.wait(GATHER_S)
+            with box.lock:
                 return list(box.bound.values())[:BOUND_MAX]
 
         self._always(lambda: self._report(next_batch()))
@@ -146,25 +148,21 @@ class LedgerLink:
         box = self._outbox
 
         def next_batch() -> dict[str, ReceiptFacts]:
-            with box.wake:
-                box.wake.wait_for(lambda: box.receipts or box.stopped)
+            with box.lock:
+                box.new_receipt.wait_for(lambda: box.receipts or box.stopped.is_set())
                 return dict(list(box.receipts.items())[:RECEIPTS_MAX])
 
         self._always(lambda: self._credit(next_batch()))
 
     def _always(self, send_batch: Callable[[], None]) -> None:
         back_off_s = BACK_OFF_S_MIN
-        while not self._outbox.stopped:
+        while not self._outbox.stopped.is_set():
             try:
                 send_batch()
                 back_off_s = BACK_OFF_S_MIN
             except (FabricError, OSError):
-                self._pause(back_off_s)
+                self._outbox.stopped.wait(back_off_s)
                 back_off_s = min(2 * back_off_s, BACK_OFF_S_MAX)
-
-    def _pause(self, seconds: float) -> None:
-        with self._outbox.wake:
-            self._outbox.wake.wait_for(lambda: self._outbox.stopped, seconds)
 
     def _report(self, bound: list[Reported]) -> None:
         if not bound:
@@ -181,7 +179,7 @@ class LedgerLink:
         with failures.status_to_failures():
             response = self._stub().ReportBound(request, timeout=CALL_S)
         for report, outcome in zip(bound, response.outcomes, strict=True):
-            with self._outbox.wake:
+            with self._outbox.lock:
                 if self._outbox.bound.get(report[0]) == report:
                     del self._outbox.bound[report[0]]
             self._owner.bound_reported(report, refusal_of(outcome))
@@ -194,10 +192,11 @@ class LedgerLink:
         with failures.status_to_failures():
             response = self._stub().Credit(request, timeout=CALL_S)
         for receipt, outcome in zip(receipts.values(), response.outcomes, strict=True):
-            with self._outbox.wake:
+            with self._outbox.lock:
                 if self._outbox.receipts.get(receipt.lease_id) is receipt:
                     del self._outbox.receipts[receipt.lease_id]
-                self._outbox.wake.notify_all()
+                if not self._outbox.receipts:
+                    self._outbox.settled.notify_all()
             self._owner.credited(receipt, refusal_of(outcome))
 
     def _stub(self) -> ledger_pb2_grpc.LedgerServiceStub:

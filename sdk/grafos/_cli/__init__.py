@@ -1,7 +1,7 @@
 """The command `grafos`: a fabric on this machine, and what an operator asks and tells a fabric.
 
     grafos up | down | status | doctor | demo
-    grafos node | lease | fence | audit | quota | ca | identity | config …      a noun, then a verb
+    grafos node | lease | fence | audit | token | quota | ca | identity | config …   noun, then verb
 
 Rules. What was asked for goes to standard output, everything else to standard error. A failure is
 one line: its name, its code, what happened, what to do. Exit status: 0 ok, 1 failed, 2 usage,

@@ -15,7 +15,7 @@ DENIED: Final = 4
 TIMEOUT: Final = 5
 INTERRUPTED: Final = 130
 
-_ADVICE: Final = {
+ADVICE: Final = {
     "UNREACHABLE": "see `grafos status`; start a fabric with `grafos up`",
     "DEADLINE": "see `grafos status` for who is not ready",
     "NOT_READY": "see `grafos status` for the closed gates",
@@ -25,6 +25,14 @@ _ADVICE: Final = {
     "LIVE_LEASES": "revoke them first: `grafos lease revoke`",
     "JOIN_TOKEN": "make a new one: `grafos node token create <node id>`",
     "RATE": "wait a moment and try again",
+    "TOKEN_KEY_UNKNOWN": "its key is replaced or revoked, or another fabric's: get a new one",
+    "TOKEN_AUDIENCE": "show it to the node that it names, or get one for this node",
+    "TOKEN_EXPIRED": "a token is for binding, within seconds: renew the lease, or acquire anew",
+    "TOKEN_IMMATURE": "compare the clocks of holder, admission and node",
+    "HOLDER_MISMATCH": "only the holder of its key may show it: attach, or have it shared with you",
+    "EPOCH_STALE": "the lease went on under a newer epoch: use that one's token",
+    "EPOCH_BURNT": "the lease is over: acquire anew",
+    "LEASE_BOUND": "a later token was given out since: use that one",
 }
 
 
@@ -50,5 +58,5 @@ def explained(refusal: FabricError) -> str:
     line = f"{type(refusal).__name__} ({refusal.code}): {said}"
     if refusal.incident_id:
         line += f" [incident {refusal.incident_id}]"
-    advice = _ADVICE.get(refusal.code)
+    advice = ADVICE.get(refusal.code)
     return f"{line}; {advice}" if advice else line

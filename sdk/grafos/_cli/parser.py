@@ -5,7 +5,19 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from grafos._cli import audit, authority, cluster, config, demo, doctor, fence, lease, node, quota
+from grafos._cli import (
+    audit,
+    authority,
+    cluster,
+    config,
+    demo,
+    doctor,
+    fence,
+    lease,
+    node,
+    quota,
+    token,
+)
 from grafos._cli.nouns import Tree, add_folders
 
 
@@ -25,7 +37,19 @@ def build() -> argparse.ArgumentParser:
     add_folders(parser)
     parser.set_defaults(run=lambda given: _usage(parser))
     tree = Tree(parser)
-    for noun in (cluster, doctor, demo, node, lease, fence, audit, quota, authority, config):
+    for noun in (
+        cluster,
+        doctor,
+        demo,
+        node,
+        lease,
+        fence,
+        audit,
+        token,
+        quota,
+        authority,
+        config,
+    ):
         noun.register(tree)
     return parser
 

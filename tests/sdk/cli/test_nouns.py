@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from grafos import BlockBuilder, Fenced, MemBuilder, RateLimited, Revoked
+from grafos import BlockBuilder, Fenced, MemBuilder, RateLimited, Revoked, _clock
+from grafos._calls import new_request_id
 from grafos._cli import exits, main
+from grafos._connection import default_fabric
 from grafos._local import LocalFabric, local_fabric
 from tests.sdk.cli.conftest import Cli
 from tests.sdk.cluster.stand import eventually
@@ -198,3 +200,65 @@ def test_a_watch_goes_on_until_it_is_interrupted(ask: Cli) -> None:
     with pytest.raises(subprocess.TimeoutExpired) as ended:
         ask("lease", "list", "--watch", "-o", "json", timeout_s=4)
     assert json.loads(ended.value.stdout or b"[]") == []
+
+
+class TestToken:
+    """A token that was granted and not bound, in the hands of who wonders about it."""
+
+    @pytest.fixture
+    def slip(self, fabric: LocalFabric, place: Path) -> Path:
+        from grafos_proto.v1 import admission_pb2, lease_pb2
+
+        request = admission_pb2.AcquireRequest(
+            request_id=new_request_id(), kind=lease_pb2.KIND_MEM, amount=4096, ttl_ms=60_000,
+            where={"node": "n1"},
+        )  # fmt: skip
+        path = place / "slip"
+        path.write_text(default_fabric()._ask("Acquire", request, 10_000).token + "\n")
+        return path
+
+    def why(self, ask: Cli, *words: str) -> tuple[int, dict[str, str], str]:
+        done = ask("token", "why-denied", *words, "-o", "json")
+        whole = json.loads(done.stdout)
+        failed = {
+            each["check"]: each["code"] for each in whole["checks"] if each["outcome"] == "failed"
+        }
+        return done.returncode, failed, whole["verdict"]
+
+    def test_what_it_says_is_shown(self, ask: Cli, slip: Path) -> None:
+        shown = ask("token", "inspect", str(slip)).stdout
+        assert "grafos-lease+jwt" in shown
+        assert "(in " in shown
+        raw = json.loads(ask("token", "inspect", str(slip), "-o", "json").stdout)
+        assert raw["claims"]["aud"].startswith("n1/")
+        assert ask("token", "inspect", str(slip.parent)).returncode == 1
+        slip.write_text("nothing like it")
+        assert ask("token", "inspect", str(slip)).returncode == 4
+
+    def test_every_reason_is_given(self, ask: Cli, slip: Path) -> None:
+        me = default_fabric()._provider().thumbprint
+        assert self.why(ask, str(slip), "--holder-key", me) == (0, {}, "accepted")
+        assert self.why(ask, str(slip)) == (1, {}, "not certain")
+        refused = self.why(ask, str(slip), "--holder-key", "A" * 43, "--node", "n2")
+        assert refused[:2] == (4, {"holder": "HOLDER_MISMATCH", "node": "TOKEN_AUDIENCE"})
+        late = str(_clock.wall_ms() + 3_600_000)
+        assert self.why(ask, str(slip), "--at", late)[1] == {"time": "TOKEN_EXPIRED"}
+        said = ask("token", "why-denied", str(slip), "--at", late).stdout
+        assert "renew the lease, or acquire anew" in said
+
+    def test_of_a_lease_that_is_over_the_ledger_knows(self, ask: Cli, slip: Path) -> None:
+        raw = json.loads(ask("token", "inspect", str(slip), "-o", "json").stdout)
+        lease_id = raw["claims"]["lease"]
+        assert ask("lease", "revoke", lease_id, "--reason", "tried", "--wait").returncode == 0
+        assert self.why(ask, str(slip))[1] == {"lease": "EPOCH_BURNT"}
+
+    def test_without_a_fabric_saved_keys_do(self, cli: Cli, ask: Cli, slip: Path) -> None:
+        keys = str(slip.with_name("keys.json"))
+        assert ask("token", "why-denied", str(slip), "--save-keys", keys).returncode == 1
+        me = default_fabric()._provider().thumbprint
+        status, failed, verdict = self.why(cli, str(slip), "--keys", keys, "--holder-key", me)
+        assert (status, failed, verdict) == (1, {}, "not certain"), "nobody was asked of the lease"
+        text = slip.read_text()
+        slip.write_text(text[:-10] + ("A" if text[-10] != "A" else "B") + text[-9:])
+        assert self.why(cli, str(slip), "--keys", keys)[1] == {"signature": "TOKEN_SIGNATURE"}
+        assert cli("token", "why-denied", str(slip), "--keys", str(slip)).returncode == 1
