@@ -23,6 +23,11 @@ from services.nodeagent.ipc import Link, LinkClosed, Message, close_all, pair
 BACK_OFF_MS_MIN, BACK_OFF_MS_MAX = 50, 5_000
 FRESH_MS: Final = 10_000
 REAP_S: Final = 5.0
+AWAY_MS_MAX: Final = 1_000
+"""We look several times a second; who did not for longer was suspended or stopped himself, and has
+not yet read what was answered meanwhile."""
+ANSWER_MS_MAX: Final = 2_500
+"""A start of the interpreter on a busy machine, and twice that."""
 
 Answered = Callable[[Message | None], None]
 """Called once: with the answer, or with None when there will be none."""
@@ -179,3 +184,42 @@ class BackOff:
             return False
         self.due_ms = None
         return True
+
+
+class Owed:
+    """Answers that a child owes us, and since when. Begun and settled in any thread.
+
+    Time in which we were not looking ourselves, stopped or asleep with the machine, counts for
+    nobody: its answers may lie unread.
+    """
+
+    def __init__(self, now_ms: int) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._since_ms: dict[int, int] = {}
+        """By number, oldest first."""
+        self._looked_ms = now_ms
+
+    def begin(self, now_ms: int) -> int:
+        number = next(self._numbers)
+        with self._lock:
+            self._since_ms[number] = now_ms
+        return number
+
+    def settle(self, number: int) -> None:
+        with self._lock:
+            self._since_ms.pop(number, None)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._since_ms.clear()
+
+    def waited_ms(self, now_ms: int) -> int:
+        """For the oldest of them. Called at each tick."""
+        with self._lock:
+            away_ms, self._looked_ms = now_ms - self._looked_ms, now_ms
+            if away_ms > AWAY_MS_MAX:
+                self._since_ms = {
+                    number: since_ms + away_ms for number, since_ms in self._since_ms.items()
+                }
+            return now_ms - next(iter(self._since_ms.values()), now_ms)

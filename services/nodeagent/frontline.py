@@ -8,23 +8,20 @@ link, where tokens are verified.
 
 from __future__ import annotations
 
-import itertools
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from grafos_core.failure import FabricError
 from services.nodeagent import children
-from services.nodeagent.children import BackOff, Child, Line
+from services.nodeagent.children import ANSWER_MS_MAX, BackOff, Child, Line, Owed
 from services.nodeagent.frontdesk import failure_message
 from services.nodeagent.ipc import Message, close_all
 from services.nodeagent.pidwatch import ProcessWatch
 
 MODULE: Final = "services.nodeagent.front"
 STOP_S: Final = 1.5
-ANSWER_MS_MAX: Final = 1_000
 
 Reply = Callable[[Mapping[str, Any]], None]
 
@@ -82,10 +79,7 @@ class FrontLine:
         self._line: Line | None = None
         self._back_off = BackOff()
         self._wanted = False
-        self._numbers = itertools.count(1)
-        self._owed: dict[int, int] = {}
-        """Since when, by number, of what is expected of it; oldest first."""
-        self._owed_lock = threading.Lock()
+        self._owed = Owed(clock_ms())
         self.endpoint = ""
         """Where holders connect; the same after every restart."""
         self.data_port = 0
@@ -108,7 +102,7 @@ class FrontLine:
     def tick(self) -> int | None:
         """Start what is due; how long until that may be, None: nothing is."""
         now_ms = self._clock_ms()
-        if self._is_silent(now_ms):
+        if self._owed.waited_ms(now_ms) > ANSWER_MS_MAX:
             self.kill()
         if self._wanted and self._child is None and self._back_off.take(now_ms):
             self._spawn(now_ms)
@@ -130,21 +124,10 @@ class FrontLine:
             self._line.ask(message, fds, answered)
 
     def expect(self, message: Mapping[str, Any]) -> None:
-        """Something that it has to do, though nobody waits. One that answers nothing for a second
-        is no use to anybody: it is killed at a tick, and the next one is started."""
-        number = next(self._numbers)
-        with self._owed_lock:
-            self._owed[number] = self._clock_ms()
-
-        def done(answer: Message | None) -> None:
-            with self._owed_lock:
-                self._owed.pop(number, None)
-
-        self.ask(message, [], done)
-
-    def _is_silent(self, now_ms: int) -> bool:
-        with self._owed_lock:
-            return now_ms - next(iter(self._owed.values()), now_ms) > ANSWER_MS_MAX
+        """Something that it has to do, though nobody waits. One that does not
+        answer in time is no use to anybody: it is killed at a tick, and the next one started."""
+        number = self._owed.begin(self._clock_ms())
+        self.ask(message, [], lambda answer: self._owed.settle(number))
 
     def kill(self) -> None:
         """End it, and have nothing of it left when this returns."""
@@ -153,8 +136,7 @@ class FrontLine:
             return
         child.kill()
         child.close()
-        with self._owed_lock:
-            self._owed.clear()
+        self._owed.clear()
         self.restarts += 1
         self._back_off.died(started_ms=child.started_ms, now_ms=self._clock_ms())
         self._lost()

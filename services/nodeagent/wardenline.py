@@ -7,23 +7,17 @@ that died. What an old one still says is not heard. For the owner's thread, but 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from services.nodeagent import children
-from services.nodeagent.children import BackOff, Child, Line
+from services.nodeagent.children import ANSWER_MS_MAX, BackOff, Child, Line, Owed
 from services.nodeagent.ipc import Message, close_all
 from services.nodeagent.pidwatch import ProcessWatch
 
 MODULE: Final = "services.nodeagent.warden"
 PING_MS: Final = 1_000
-AWAY_MS_MAX: Final = 1_000
-"""We look several times a second; who did not for longer was suspended or stopped himself, and has
-not yet read what was answered meanwhile."""
-ANSWER_MS_MAX: Final = 2_500
-"""A start of the interpreter on a busy machine, and twice that."""
 BYE_S: Final = 2.0
 
 
@@ -61,11 +55,7 @@ class WardenLine:
         self._child: Child | None = None
         self._line: Line | None = None
         self._back_off = BackOff()
-        self._owed: dict[int, int] = {}
-        """Since when, by number, of questions that are not answered; oldest first."""
-        self._owed_lock = threading.Lock()
-        self._asked = 0
-        self._looked_ms = clock_ms()
+        self._owed = Owed(clock_ms())
         self._ping_ms = 0
         self._front: tuple[int, int] | None = None
         self._wanted = False
@@ -82,12 +72,9 @@ class WardenLine:
 
     def tick(self) -> int | None:
         now_ms = self._clock_ms()
-        away_ms, self._looked_ms = now_ms - self._looked_ms, now_ms
-        if away_ms > AWAY_MS_MAX:
-            self._owed = deque((number, since_ms + away_ms) for number, since_ms in self._owed)
         if self._wanted and self._child is None and self._back_off.take(now_ms):
             self._spawn(now_ms)
-        if now_ms - self._oldest_owed_ms(now_ms) > ANSWER_MS_MAX:
+        if self._owed.waited_ms(now_ms) > ANSWER_MS_MAX:
             self.kill()
         if self._child is None:
             due_ms = self._back_off.due_ms
@@ -109,14 +96,10 @@ class WardenLine:
         if self._line is None:
             answered(None)
             return
-        self._asked += 1
-        number = self._asked
-        with self._owed_lock:
-            self._owed[number] = self._clock_ms()
+        number = self._owed.begin(self._clock_ms())
 
         def settled(answer: Message | None) -> None:
-            with self._owed_lock:
-                self._owed.pop(number, None)
+            self._owed.settle(number)
             answered(answer)
 
         self._line.ask(message, fds, settled)
@@ -133,8 +116,7 @@ class WardenLine:
             return
         child.kill()
         child.close()
-        with self._owed_lock:
-            self._owed.clear()
+        self._owed.clear()
         self.restarts += 1
         self._back_off.died(started_ms=child.started_ms, now_ms=self._clock_ms())
         self._events.lost()
@@ -149,10 +131,6 @@ class WardenLine:
         line.send({"op": "bye"})
         if child.ended_within(BYE_S):
             child.close()  # otherwise it holds something: it stays, and the next agent asks it
-
-    def _oldest_owed_ms(self, now_ms: int) -> int:
-        with self._owed_lock:
-            return next(iter(self._owed.values()), now_ms)
 
     def _spawn(self, now_ms: int) -> None:
         arguments = [
