@@ -189,6 +189,8 @@ class Register:
     labels: Mapping[str, str]
     receipt_key: PublishedKey
     live: tuple[LiveLease, ...] | None = None
+    clears_proved_clean: bool = False
+    """Its operator has told it to clear the fences that it proves clean."""
 
 
 @dataclass(frozen=True, slots=True)

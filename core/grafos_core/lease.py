@@ -282,6 +282,9 @@ class Lease:
     fence_cause: str = ""
     fence_evidence: Mapping[str, Any] = field(default_factory=dict)
     fenced_at_ms: int | None = None
+    cleared: str = ""
+    """On whose word its fence was cleared: `operator`, `policy`, or `residue`, where an operator
+    accepted that something may be left. Kept for ever."""
 
     def moved(self, state: LeaseState, **changes: Any) -> Lease:
         """The lease in `state`. An illegal transition is a broken invariant and changes nothing."""

@@ -35,6 +35,7 @@ from grafos_core.lease import (
     TenantId,
 )
 from grafos_core.quota import Limit, QuotaBook
+from grafos_core.receipt import Cleared
 
 RELEASED_KEPT_MAX: Final = 100_000
 """Ended leases that Get still answers for; retried requests of older ones count as new."""
@@ -66,6 +67,7 @@ class Node:
     front_endpoint: str = ""
     control_endpoint: str = ""
     labels: dict[str, str] = field(default_factory=dict)
+    clears_proved_clean: bool = False
     receipt_key_id: str = ""
     books: dict[Kind, CapacityBook] = field(default_factory=dict)
     epochs: dict[Kind, int] = field(default_factory=dict)
@@ -80,6 +82,8 @@ class LedgerState:
     def __init__(self, default_limit: Limit | None = None) -> None:
         self.leases: dict[LeaseId, Lease] = {}
         self.released: OrderedDict[LeaseId, Lease] = OrderedDict()
+        self.residues: dict[LeaseId, Lease] = {}
+        """Released by a clear that accepted residue: each the act of a person, and never let go."""
         self.nodes: dict[NodeId, Node] = {}
         self.quotas = QuotaBook(default_limit)
         self.keys: dict[str, PublishedKey] = {}
@@ -90,6 +94,9 @@ class LedgerState:
         nobody's choice of a request id can stand in another's way."""
         self._latest_request: dict[LeaseId, str] = {}
         self.clear_orders: dict[LeaseId, ClearOrder] = {}
+        self.residue_orders: dict[LeaseId, ClearOrder] = {}
+        """Of these the one that accepted residue: a later order does not take that back, for its
+        node may have carried out the first."""
         self.now_ms = 0
         """The latest time that any event carries: the ledger's time floor."""
         self._due: list[tuple[int, LeaseId]] = []
@@ -122,7 +129,8 @@ class LedgerState:
     # queries
 
     def find(self, lease_id: LeaseId) -> Lease | None:
-        return self.leases.get(lease_id) or self.released.get(lease_id)
+        known = self.leases.get(lease_id) or self.released.get(lease_id)
+        return known or self.residues.get(lease_id)
 
     def book_view(self, node: Node, kind: Kind, *, available: bool) -> BookView:
         return node.books[kind].view(available=available)
@@ -239,8 +247,9 @@ class LedgerState:
         node.books[lease.kind].give_back(PLACE_OF[lease.state], lease.extent_offset, lease.amount)
         node.held.discard(lease.lease_id)
         node.owing.discard(lease.lease_id)
-        self.clear_orders.pop(lease.lease_id, None)
-        self._archive(lease.moved(LeaseState.RELEASED, unconfirmed=False))
+        self._drop_orders(lease.lease_id)
+        cleared = event.body.get("cleared", "")
+        self._archive(lease.moved(LeaseState.RELEASED, unconfirmed=False, cleared=cleared))
 
     def _fenced(self, event: Event) -> None:
         lease, body = self._lease(event), event.body
@@ -257,16 +266,22 @@ class LedgerState:
     def _clear_ordered(self, event: Event) -> None:
         lease, body = self._lease(event), event.body
         failure.invariant(lease.state is LeaseState.FENCED, "only what is fenced is cleared")
-        self.clear_orders[lease.lease_id] = ClearOrder(
+        order = self.clear_orders[lease.lease_id] = ClearOrder(
             nonce=body["nonce"], operator=body["operator"], reason=body["reason"],
             accept_residue=body["accept_residue"], ordered_at_ms=event.at_ms,
         )  # fmt: skip
+        if order.accept_residue:
+            self.residue_orders[lease.lease_id] = order
         self.nodes[lease.node_id].owing.add(lease.lease_id)
+
+    def _drop_orders(self, lease_id: LeaseId) -> None:
+        self.clear_orders.pop(lease_id, None)
+        self.residue_orders.pop(lease_id, None)
 
     def _clear_expired(self, event: Event) -> None:
         """The slice stays fenced, and its node owes nothing any more."""
         lease = self._lease(event)
-        del self.clear_orders[lease.lease_id]
+        self._drop_orders(lease.lease_id)
         self.nodes[lease.node_id].owing.discard(lease.lease_id)
 
     def _registered(self, event: Event) -> None:
@@ -279,6 +294,7 @@ class LedgerState:
         node.boot_epoch = body["boot_epoch"]
         node.front_endpoint, node.control_endpoint = body["front"], body["control"]
         node.labels = dict(body["labels"])
+        node.clears_proved_clean = body.get("clears_proved_clean", False)
         node.receipt_key_id = body["receipt_key_id"]
         for name, epoch in body["epochs"].items():
             node.epochs[Kind(name)] = max(node.epochs.get(Kind(name), 0), epoch)
@@ -300,7 +316,7 @@ class LedgerState:
             if lease.state in USABLE:
                 self.quotas.discharge(lease.tenant, lease.kind, lease.amount)
                 lease = lease.moved(LeaseState.ENDING, cause=EndCause.AGENT_LOST)
-            self.clear_orders.pop(lease_id, None)
+            self._drop_orders(lease_id)
             self._archive(replace(lease, reason="node forgotten", ended_at_ms=event.at_ms))
 
     def _quota(self, event: Event) -> None:
@@ -335,6 +351,9 @@ class LedgerState:
 
     def _archive(self, lease: Lease) -> None:
         self.leases.pop(lease.lease_id, None)
+        if lease.cleared == Cleared.RESIDUE:
+            self.residues[lease.lease_id] = lease
+            return
         self.released[lease.lease_id] = lease
         if len(self.released) > RELEASED_KEPT_MAX:
             _, oldest = self.released.popitem(last=False)

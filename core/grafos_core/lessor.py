@@ -66,13 +66,14 @@ from grafos_core.lease import (
 )
 from grafos_core.ledger_state import LedgerState, Node, lease_to_body
 from grafos_core.quota import Limit
-from grafos_core.receipt import Outcome, TeardownReceipt
+from grafos_core.receipt import Cleared, Outcome, TeardownReceipt
 
 REGISTRATION_TTL_MS: Final = 3_000
 """A node not heard for so long is lost: its free capacity is withheld."""
 EVIDENCE_MS_MAX: Final = 3_000
 REASON_CHARS_MAX: Final = 256
 CLEAR_ORDER_MS: Final = 60_000
+POLICY_REASON: Final = "proved clean, cleared by the policy of its node"
 GRACE_MS_MAX: Final = 600_000
 KEY_CHANGE_MS: Final = 250
 NODE_MODES: Final[Mapping[str, frozenset[str]]] = {
@@ -118,6 +119,7 @@ class NodeView:
     lease_count: int
     live_known: bool
     registered_until_ms: int
+    clears_proved_clean: bool = False
 
 
 class Lessor:
@@ -211,6 +213,7 @@ class Lessor:
             lease_count=len(node.held),
             live_known=presence is not None and presence.live_known and not presence.strangers,
             registered_until_ms=heard_ms + REGISTRATION_TTL_MS if presence else 0,
+            clears_proved_clean=node.clears_proved_clean,
         )  # fmt: skip
 
     def nodes(self, now_ms: int) -> list[NodeView]:
@@ -421,13 +424,22 @@ class Lessor:
         return self._commit(*events, lease_id=lease.lease_id)
 
     def _credit_fenced(self, receipt: TeardownReceipt, lease: Lease, now_ms: int) -> Step:
-        """Only a clear that was ordered takes a slice out of quarantine."""
+        """Only a clear that was ordered takes a slice out of quarantine; or one by the node itself,
+        where it is registered with the policy for that. Residue counts only where it was accepted.
+        An order for a slice that its node has cleared meanwhile agrees to that."""
         if receipt.outcome is Outcome.FENCED:
             return Step(lease=lease)
         order = self.state.clear_orders.get(lease.lease_id)
-        if receipt.outcome is not Outcome.CLEARED or order is None:
+        by_policy = receipt.cleared is Cleared.POLICY
+        may = self.state.nodes[lease.node_id].clears_proved_clean
+        if receipt.outcome is not Outcome.CLEARED or (order is None and not (by_policy and may)):
             raise failure.of("RECEIPT", "the slice is fenced", lease_id=lease.lease_id)
-        body = _receipt_body(receipt) | {"operator": order.operator, "reason": order.reason}
+        if receipt.cleared is Cleared.RESIDUE:
+            order = self.state.residue_orders.get(lease.lease_id)
+            if order is None:
+                raise failure.of("RECEIPT", "nobody accepted residue", lease_id=lease.lease_id)
+        who = ("", POLICY_REASON) if order is None else (order.operator, order.reason)
+        body = _receipt_body(receipt) | {"operator": who[0], "reason": who[1]}
         event = Event("lease.released", now_ms, lease.lease_id, lease.epoch, body)
         return self._commit(event, lease_id=lease.lease_id)
 
@@ -536,10 +548,11 @@ class Lessor:
         raised = any(epoch > node.epochs.get(kind, 0) for kind, epoch in ask.high_waters.items())
         return raised or (
             node.incarnation, node.boot_epoch, node.front_endpoint, node.control_endpoint,
-            node.labels, node.receipt_key_id, totals,
+            node.labels, node.receipt_key_id, totals, node.clears_proved_clean,
         ) != (
             ask.incarnation, ask.boot_epoch, ask.front_endpoint, ask.control_endpoint,
             dict(ask.labels), ask.receipt_key.key_id, totals | dict(ask.offers),
+            ask.clears_proved_clean,
         )  # fmt: skip
 
     def _hear(self, ask: Register, now_ms: int) -> Event | None:
@@ -692,7 +705,8 @@ def _settled(lease: Lease, receipt: TeardownReceipt, now_ms: int) -> Event:
 
 
 def _receipt_body(receipt: TeardownReceipt) -> dict[str, Any]:
-    return {
+    cleared = {} if receipt.cleared is None else {"cleared": receipt.cleared.value}
+    return cleared | {
         "outcome": receipt.outcome.value, "assurance": receipt.assurance.value,
         "ended_by": receipt.cause.value,
         "measured": dict(receipt.measured), "record_number": receipt.record_number,
@@ -707,6 +721,7 @@ def _registered(ask: Register, now_ms: int) -> Event:
         "receipt_key_id": ask.receipt_key.key_id,
         "epochs": {kind.value: epoch for kind, epoch in ask.high_waters.items()},
         "totals": {kind.value: total for kind, total in ask.offers.items()},
+        "clears_proved_clean": ask.clears_proved_clean,
     }  # fmt: skip
     return Event("node.registered", now_ms, body=body)
 

@@ -11,7 +11,8 @@ key, and has a watchman know the hour of leaving before the door opens for the f
              → OpenFront → Answer → ReportBound
 
 How leases live is drawn in node_lease.py, who may end them and how a revocation goes in
-node_orders.py, how they end in node_endings.py.
+node_orders.py, how they end in node_endings.py, and what becomes of what is fenced in
+node_fences.py.
 
 Rules: verbs take `now` last and return effects, to be performed strictly in order. Every verb first
 does what fell due. A refusal is an `Answer` too. Signature, audience and times of a token, and the
@@ -49,7 +50,7 @@ from grafos_core.node_effects import (
     WardenRaise,
 )
 from grafos_core.node_endings import Limits, Wake
-from grafos_core.node_lease import LeaseView, NodeLease, Phase, Raise
+from grafos_core.node_lease import NodeLease, Phase, Raise
 from grafos_core.node_orders import Orders
 from grafos_core.receipt import Outcome
 from grafos_core.token import LeaseToken
@@ -75,8 +76,13 @@ class NodeCore(Orders):
         recovered: Recovered,
         now: Instant,
         limits: Limits | None = None,
+        *,
+        clears_proved_clean: bool = False,
     ) -> None:
-        super().__init__(node_id, incarnation, capacities, recovered, now, limits or Limits())
+        super().__init__(
+            node_id, incarnation, capacities, recovered, now, limits or Limits(),
+            clears_proved_clean=clears_proved_clean,
+        )  # fmt: skip
         self._holds: dict[str, str] = {"NOT_READY": "starting", "WARDEN_LOST": "not started yet"}
         self._ready_kinds = frozenset(capacities)
         self._revocation_number = 0
@@ -139,10 +145,6 @@ class NodeCore(Orders):
             raise refused("NOT_READY", token, f"{token.kind} has not passed its self-test")
 
     # Queries
-
-    def leases(self, now: Instant) -> tuple[LeaseView, ...]:
-        """What is charged, for people."""
-        return tuple(lease.view(now) for lease in self._charged())
 
     def is_live(self, lease_id: str) -> bool:
         """Whether it is bound and its end has not begun."""
@@ -256,13 +258,21 @@ class NodeCore(Orders):
     def device_created(self, lease_id: str, now: Instant) -> list[Effect]:
         """The slice can be used; the warden must know of it before anybody does."""
         effects = self.tick(now)
-        lease = self._leases.get(LeaseId(lease_id))
-        if lease is None or lease.phase is not Phase.CREATING:
+        lease = self._being_made(lease_id)
+        if lease is None:
             return effects
         lease.move(Phase.HOLDING)
         if lease.cause is not None:
             return effects + self._end(lease, lease.cause, lease.reason, now)
         return [*effects, self._hold(lease)]
+
+    def _being_made(self, lease_id: str) -> NodeLease | None:
+        """The lease whose device was being made; where that took too long, it is fenced by now."""
+        lease = self._leases.get(LeaseId(lease_id))
+        if lease is None:
+            return None
+        lease.unmade = False
+        return lease if lease.phase is Phase.CREATING else None
 
     def _hold(self, lease: NodeLease) -> WardenHold:
         return WardenHold(
@@ -274,8 +284,8 @@ class NodeCore(Orders):
     ) -> list[Effect]:
         """Nothing was made; or, not `clean`, something is left that must be taken back."""
         effects = self.tick(now)
-        lease = self._leases.get(LeaseId(lease_id))
-        if lease is None or lease.phase is not Phase.CREATING:
+        lease = self._being_made(lease_id)
+        if lease is None:
             return effects
         requests, lease.bind_requests = lease.bind_requests, []
         answer: list[Effect] = [Answer(request, problem) for request in requests]

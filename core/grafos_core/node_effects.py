@@ -27,7 +27,8 @@ from grafos_core.lease import (
     Priority,
     RevokeStage,
 )
-from grafos_core.receipt import Assurance, Outcome, TeardownReceipt
+from grafos_core.quarantine import Finding
+from grafos_core.receipt import Assurance, Cleared, Outcome, TeardownReceipt
 from grafos_core.teardown import Step
 from grafos_core.token import LeaseToken
 
@@ -120,6 +121,7 @@ class ReceiptFacts:
     """Counted on boottime."""
     measured: Mapping[str, int | str | bool] = field(default_factory=dict)
     """What was found, by step; for a fence also `cause`: what failed."""
+    cleared: Cleared | None = None
 
     def receipt(
         self, node_id: str, incarnation: str, boot_epoch: int, number: int, record_hash: str
@@ -128,17 +130,18 @@ class ReceiptFacts:
         return TeardownReceipt(
             self.lease_id, node_id, incarnation, boot_epoch, self.kind, self.epoch, self.amount,
             self.extent_offset, self.cause, self.outcome, self.assurance, self.measured,
-            self.began_ms, self.ended_ms, self.duration_us, number, record_hash,
+            self.began_ms, self.ended_ms, self.duration_us, number, record_hash, self.cleared,
         )  # fmt: skip
 
     def body(self) -> dict[str, Any]:
-        return {
+        body = {
             "kind": self.kind.value, "amount": self.amount, "extent_offset": self.extent_offset,
             "outcome": self.outcome.value, "ended_by": self.cause.value,
             "assurance": self.assurance.value, "began_ms": self.began_ms,
             "ended_ms": self.ended_ms, "duration_us": self.duration_us,
             "measured": dict(self.measured),
         }  # fmt: skip
+        return body if self.cleared is None else body | {"cleared": self.cleared.value}
 
     @classmethod
     def of_body(cls, lease_id: str, epoch: int, body: Mapping[str, Any]) -> ReceiptFacts:
@@ -146,16 +149,27 @@ class ReceiptFacts:
             LeaseId(lease_id), Kind(body["kind"]), epoch, body["amount"], body["extent_offset"],
             Outcome(body["outcome"]), EndCause(body["ended_by"]), Assurance(body["assurance"]),
             body["began_ms"], body["ended_ms"], body["duration_us"], body["measured"],
+            _cleared_of(body),
         )  # fmt: skip
+
+
+def _cleared_of(body: Mapping[str, Any]) -> Cleared | None:
+    """Older records said of a clear only whether residue was accepted."""
+    if body["outcome"] != Outcome.CLEARED:
+        return None
+    return Cleared(body.get("cleared", "residue" if body.get("residue") else "operator"))
 
 
 @dataclass(frozen=True, slots=True)
 class FenceFacts:
-    """A quarantined slice: its bind, the receipt that says so, and the clear orders used up."""
+    """A quarantined slice: its bind, the receipt that says so, the clear orders used up, and what
+    probes have found."""
 
     bound: BoundFacts
     receipt: ReceiptFacts
     nonces: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    """The last ones that were written down."""
 
     @classmethod
     def of_cause(cls, bound: BoundFacts, cause: str) -> FenceFacts:
@@ -174,7 +188,7 @@ class Recovered:
     Folded from the records: a bind is open from `agent.bound` until `agent.teardown_end`,
     `agent.fenced` or `agent.burnt` of its lease and epoch; a fence stands from `agent.fenced` until
     `agent.cleared`; a receipt stands in the body of any of these until `agent.credited` names its
-    outcome; nonces are those of `agent.clear_begun`.
+    outcome; nonces are those of `agent.clear_begun`, findings those of `agent.probed`.
     """
 
     epochs: Mapping[Kind, EpochWindow | ExtentEpochs] = field(default_factory=dict)
@@ -308,6 +322,8 @@ class RunStep:
     step: Step
     attempt: int
     facts: BoundFacts
+    aside: bool = False
+    """Of a fenced slice, whose device may hang: in the way of nobody else's teardown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from grafos_core import failure
 from grafos_core.chain import EventKind
-from grafos_core.failure import FabricError, invariant
+from grafos_core.failure import invariant
 from grafos_core.gate import SLICES_MAX, Gate, Slice
 from grafos_core.lease import (
     EndCause,
@@ -42,15 +42,12 @@ from grafos_core.node_effects import (
     Instant,
     KillFront,
     Notify,
-    Ordered,
     Persist,
-    Probed,
     ReceiptFacts,
     Recovered,
     Released,
     ReportBound,
     RequestId,
-    Result,
     RunStep,
     SendReceipt,
     ShutFront,
@@ -66,7 +63,7 @@ from grafos_core.node_lease import (
     Phase,
     Waiter,
 )
-from grafos_core.receipt import ClearOrder, Outcome, judge_clear
+from grafos_core.receipt import Outcome
 from grafos_core.teardown import QUIESCE_MS_MAX, Stage, Step, Teardown, limit_ms
 from grafos_core.timefloor import TimeFloor
 from grafos_core.timers import Timers
@@ -88,6 +85,7 @@ class Wake(enum.StrEnum):
     RECEIPT = "receipt"
     WAITER = "waiter"
     WARDEN = "warden"
+    PROBE = "probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +173,7 @@ class Endings:
         lease.credited = waiting is None
         self._uncredited += waiting is not None
         self._adopt(lease)
+        self._quarantined(lease, self._now, fence)
 
     def _restore_ended(self, receipt: ReceiptFacts) -> None:
         lease = NodeLease(bound_of(receipt), Phase.ENDED)
@@ -250,6 +249,8 @@ class Endings:
                 return self._send(lease, now)
             case Wake.WAITER:
                 return self._answer_waiters(lease, now)
+            case Wake.PROBE:
+                return self._probe_due(lease, now)
 
     def _warden_overdue(self, now: Instant) -> list[Effect]:
         """No new warden has taken everything over in time: nothing goes on unwatched."""
@@ -349,14 +350,16 @@ class Endings:
         if teardown is None or step is None:
             return self._measured(lease, now)
         effects: list[Effect] = [DestroyKey(lease.lease_id)] if step is Step.REAP else []
-        return [*effects, RunStep(lease.lease_id, step, teardown.attempt, lease.facts)]
+        return [*effects, self._run_step(lease, step, teardown)]
+
+    def _run_step(self, lease: NodeLease, step: Step, teardown: Teardown) -> RunStep:
+        aside = lease.phase in QUARANTINED
+        return RunStep(lease.lease_id, step, teardown.attempt, lease.facts, aside)
 
     def _measured(self, lease: NodeLease, now: Instant) -> list[Effect]:
         match lease.phase:
-            case Phase.CLEARING:
-                return self._cleared(lease, now, residue=False)
-            case Phase.PROBING:
-                return self._probed(lease, now, clean=True)
+            case Phase.CLEARING | Phase.PROBING:
+                return self._looked(lease, now, clean=True)
             case _ if lease.broken and lease.teardown is not None:
                 lease.teardown.fence(f"device: {lease.broken}")
                 return self._fence(lease, now)
@@ -399,8 +402,7 @@ class Endings:
         if step is Step.QUIESCE:
             return effects + self._kill_front(why)
         if teardown.failed(step, why, now.boot_ms):
-            retry = RunStep(lease.lease_id, step, teardown.attempt, lease.facts)
-            return [*effects, retry]
+            return [*effects, self._run_step(lease, step, teardown)]
         return effects + self._fail(lease, now)
 
     def _overdue(self, lease: NodeLease, now: Instant) -> list[Effect]:
@@ -414,13 +416,8 @@ class Endings:
 
     def _fail(self, lease: NodeLease, now: Instant) -> list[Effect]:
         match lease.phase:
-            case Phase.CLEARING:
-                accepted = lease.order is not None and lease.order.accept_residue
-                if accepted:
-                    return self._cleared(lease, now, residue=True)
-                return self._clear_failed(lease)
-            case Phase.PROBING:
-                return self._probed(lease, now, clean=False)
+            case Phase.CLEARING | Phase.PROBING:
+                return self._looked(lease, now, clean=False)
             case _:
                 return self._fence(lease, now)
 
@@ -498,8 +495,10 @@ class Endings:
             self._timers.cancel((lease.lease_id, wake))
         if lease.phase is Phase.CREATING:
             self._gate.close(lease.lease_id)
+            lease.unmade = True
         lease.move(Phase.FENCED)
         self._recovering.discard(lease.lease_id)
+        self._quarantined(lease, now, None)
         receipt = lease.receipt_facts(Outcome.FENCED, lease.cause or EndCause.RELEASE, now)
         effects: list[Effect] = [
             DestroyKey(lease.lease_id),
@@ -607,104 +606,18 @@ class Endings:
         record = self._persist((EventKind.AGENT_BURNT, lease, receipt.body()))
         return [record, *self._owe(lease, receipt, now)]
 
-    # Fences: looking again, and clearing
+    # Fences: what node_fences.py adds
 
-    def probe(self, request: RequestId, lease_id: str, now: Instant) -> list[Effect]:
-        """Measure a fenced slice again; frees nothing, whatever is found."""
-        effects = self.tick(now)
-        try:
-            lease = self._fenced(lease_id)
-        except FabricError as refused:
-            return [*effects, Answer(request, refused)]
-        lease.move(Phase.PROBING)
-        lease.order_request = request
-        return effects + self._begin_again(lease, Stage.ERASED, now)
+    def _quarantined(self, lease: NodeLease, now: Instant, fence: FenceFacts | None) -> None:
+        """Its quarantine has begun; or, with `fence`, had begun in an earlier boot."""
+        raise NotImplementedError
 
-    def clear(self, request: RequestId | None, order: ClearOrder, now: Instant) -> list[Effect]:
-        """Carry out an operator's order, signature verified: erase, measure, and only then free."""
-        effects = self.tick(now)
-        try:
-            lease = self._clearable(order, now)
-        except FabricError as refused:
-            return effects + ([] if request is None else [Answer(request, refused)])
-        lease.nonces.append(order.nonce)
-        lease.order, lease.order_request = order, request
-        lease.move(Phase.CLEARING)
-        record = self._persist(("agent.clear_begun", lease, _order_body(order)))
-        return [*effects, record, *self._begin_again(lease, Stage.REAPED, now)]
+    def _probe_due(self, lease: NodeLease, now: Instant) -> list[Effect]:
+        raise NotImplementedError
 
-    def _fenced(self, lease_id: str) -> NodeLease:
-        lease = self._leases.get(LeaseId(lease_id))
-        if lease is None:
-            raise failure.of("NOT_FOUND", lease_id=lease_id)
-        if lease.phase in (Phase.CLEARING, Phase.PROBING):
-            raise failure.of("DEGRADED", "it is being looked at already", lease_id=lease_id)
-        if lease.phase is not Phase.FENCED:
-            raise failure.of("PRECONDITION", "it is not fenced", lease_id=lease_id)
-        return lease
-
-    def _clearable(self, order: ClearOrder, now: Instant) -> NodeLease:
-        lease = self._leases.get(LeaseId(order.lease_id))
-        if lease is None or lease.phase not in QUARANTINED:
-            raise failure.of("CLEAR", "nothing is fenced", lease_id=order.lease_id)
-        judge_clear(
-            order,
-            lease_id=lease.lease_id,
-            node_id=self.node_id,
-            incarnation=self.incarnation,
-            epoch=lease.epoch,
-            nonce=order.nonce,
-            now_ms=self._floor.now_ms(now),
-        )
-        if order.nonce in lease.nonces or len(lease.nonces) >= self._limits.nonces_max:
-            raise failure.of("CLEAR", "the nonce is used", lease_id=order.lease_id)
-        return self._fenced(order.lease_id)
-
-    def _begin_again(self, lease: NodeLease, stage: Stage, now: Instant) -> list[Effect]:
-        lease.teardown = self._teardown(lease, stage, now)
-        self._timers.set((lease.lease_id, Wake.TEARDOWN), lease.teardown.deadline_ms)
-        return self._go_on(lease, now)
-
-    def _cleared(self, lease: NodeLease, now: Instant, *, residue: bool) -> list[Effect]:
-        order, request = lease.order, lease.order_request
-        invariant(order is not None, "a clear was ordered")
-        receipt = lease.receipt_facts(Outcome.CLEARED, EndCause.CLEARED, now, residue=residue)
-        body = receipt.body() | {"residue": residue} | (_order_body(order) if order else {})
-        lease.order = lease.order_request = None
-        lease.cause = EndCause.CLEARED
-        effects: list[Effect] = [
-            self._persist((EventKind.AGENT_CLEARED, lease, body)),
-            WardenDrop(lease.lease_id),
-        ]
-        effects += self._free(lease, receipt, now)
-        return effects + ([] if request is None else [Answer(request, Ordered("sealed", receipt))])
-
-    def _clear_failed(self, lease: NodeLease) -> list[Effect]:
-        """It stays fenced, and the order is used up."""
-        request, measured = self._task_over(lease)
-        record = self._persist(("agent.clear_failed", lease, {"measured": measured}))
-        refused = failure.of(
-            "FENCED", str(measured.get("cause", "")), lease_id=lease.lease_id, epoch=lease.epoch
-        )
-        return self._and_answer(record, request, refused)
-
-    def _probed(self, lease: NodeLease, now: Instant, *, clean: bool) -> list[Effect]:
-        request, measured = self._task_over(lease)
-        body = {"clean": clean, "measured": measured, "at_ms": now.wall_ms}
-        record = self._persist(("agent.probed", lease, body))
-        return self._and_answer(record, request, Probed(clean, measured))
-
-    def _and_answer(
-        self, record: Effect, request: RequestId | None, result: Result
-    ) -> list[Effect]:
-        return [record] if request is None else [record, Answer(request, result)]
-
-    def _task_over(self, lease: NodeLease) -> tuple[RequestId | None, dict[str, Any]]:
-        request, lease.order, lease.order_request = lease.order_request, None, None
-        self._timers.cancel((lease.lease_id, Wake.TEARDOWN))
-        lease.move(Phase.FENCED)
-        measured = dict(lease.teardown.measured()) if lease.teardown else {}
-        return request, measured
+    def _looked(self, lease: NodeLease, now: Instant, *, clean: bool) -> list[Effect]:
+        """A probe or a clear has gone through all of its steps, or failed at one."""
+        raise NotImplementedError
 
     # Laws
 
@@ -769,10 +682,3 @@ def nobody(target: Target) -> BoundFacts:
         target.lease_id, target.kind, target.epoch, target.generation, target.amount,
         target.extent_offset, "", "", 0, Policy(),
     )  # fmt: skip
-
-
-def _order_body(order: ClearOrder) -> dict[str, Any]:
-    return {
-        "nonce": order.nonce, "operator": order.operator, "reason": order.reason,
-        "accept_residue": order.accept_residue,
-    }  # fmt: skip

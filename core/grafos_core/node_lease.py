@@ -26,7 +26,8 @@ from grafos_core import failure
 from grafos_core.failure import FabricError, invariant
 from grafos_core.lease import EndCause, Kind, LeaseId, RevokeStage, next_stage
 from grafos_core.node_effects import BoundFacts, Instant, ReceiptFacts, RequestId
-from grafos_core.receipt import Assurance, ClearOrder, Outcome
+from grafos_core.quarantine import Finding, Quarantine
+from grafos_core.receipt import Assurance, Cleared, ClearOrder, Outcome
 from grafos_core.teardown import Stage, Teardown
 from grafos_core.token import LeaseToken
 
@@ -124,6 +125,22 @@ class LeaseView:
     exported: bool
     evidence: Mapping[str, Any]
     revoke_stage: RevokeStage
+    fence: FenceView | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FenceView:
+    """What probes have found of a fenced slice, and when the next one is due."""
+
+    since_ms: int
+    """Wall clock."""
+    probes: int
+    findings: tuple[Finding, ...]
+    """The last ones that were written down, the newest last."""
+    latest: Finding | None
+    """The newest, though it may say nothing new."""
+    next_probe_ms: int | None
+    """From now; None: one is under way, or waits its turn."""
 
 
 @dataclass(slots=True)
@@ -160,7 +177,14 @@ class NodeLease:
     credited: bool = False
     sendings: int = 0
     order: ClearOrder | None = None
+    """An operator's, being carried out, or waiting for a probe to be over."""
     order_request: RequestId | None = None
+    probe_requests: list[RequestId] = field(default_factory=list)
+    """All that wait for the probe under way."""
+    quarantine: Quarantine | None = None
+    """While it is fenced."""
+    unmade: bool = False
+    """It was fenced because its device was not made in time, and may still be in the making."""
     nonces: list[str] = field(default_factory=list)
     fence_cause: str = ""
 
@@ -215,22 +239,22 @@ class NodeLease:
         return Stage.LIVE.value if self.phase is Phase.LIVE else self.phase.value
 
     def receipt_facts(
-        self, outcome: Outcome, cause: EndCause, now: Instant, *, residue: bool = False
+        self, outcome: Outcome, cause: EndCause, now: Instant, *, cleared: Cleared | None = None
     ) -> ReceiptFacts:
         """What the receipt of this end says. Where no teardown ran, nothing was measured."""
         facts, teardown = self.facts, self.teardown
         began = now if teardown is None else Instant(teardown.began_ms, teardown.began_wall_ms)
-        if outcome is Outcome.FENCED or residue:
+        if outcome is Outcome.FENCED or cleared is Cleared.RESIDUE:
             assurance = Assurance.NONE
         else:
             assurance = Assurance.DETACHED if self.exported else Assurance.FREED
         return ReceiptFacts(
             facts.lease_id, facts.kind, facts.epoch, facts.amount, facts.extent_offset, outcome,
             cause, assurance, began.wall_ms, max(began.wall_ms, now.wall_ms),
-            (now.boot_ms - began.boot_ms) * 1000, teardown.measured() if teardown else {},
+            (now.boot_ms - began.boot_ms) * 1000, teardown.measured() if teardown else {}, cleared,
         )  # fmt: skip
 
-    def view(self, now: Instant) -> LeaseView:
+    def view(self, now: Instant, next_probe_ms: int | None = None) -> LeaseView:
         facts = self.facts
         evidence = dict(self.teardown.measured()) if self.teardown else {}
         if not evidence and self.receipt is not None:
@@ -238,5 +262,11 @@ class NodeLease:
         return LeaseView(
             facts.lease_id, facts.kind, facts.epoch, facts.generation, facts.amount,
             facts.extent_offset, self.remaining_ms(now), self.stage, self.fence_cause,
-            self.exported, evidence, self.revoke_stage,
+            self.exported, evidence, self.revoke_stage, self._fence_view(next_probe_ms),
         )  # fmt: skip
+
+    def _fence_view(self, next_probe_ms: int | None) -> FenceView | None:
+        known = self.quarantine
+        if known is None or self.phase not in QUARANTINED:
+            return None
+        return FenceView(known.since_ms, known.probes, known.findings, known.latest, next_probe_ms)

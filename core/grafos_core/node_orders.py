@@ -25,12 +25,13 @@ from grafos_core.node_effects import (
     RequestId,
     Target,
 )
-from grafos_core.node_endings import Endings, Wake, nobody
+from grafos_core.node_endings import Wake, nobody
+from grafos_core.node_fences import Fences
 from grafos_core.node_lease import QUARANTINED, NodeLease, Phase
 from grafos_core.receipt import Outcome
 
 
-class Orders(Endings):
+class Orders(Fences):
     """What ends a lease by somebody's word. `request` None: nobody waits for the answer."""
 
     # Of the ledger

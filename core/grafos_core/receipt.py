@@ -48,7 +48,18 @@ class Outcome(enum.StrEnum):
     FENCED = "fenced"
     """It failed or was overdue: the slice is not free."""
     CLEARED = "cleared"
-    """An operator's clear order was carried out."""
+    """It was fenced and is free again; `Cleared` says on whose word."""
+
+
+class Cleared(enum.StrEnum):
+    """On whose word a fence was cleared, for ever in the receipt."""
+
+    OPERATOR = "operator"
+    """Ordered, erased, and measured clean."""
+    POLICY = "policy"
+    """The node's own, where it was told to clear what it proves clean: erased, measured clean."""
+    RESIDUE = "residue"
+    """Ordered by an operator who accepted that something may be left: not measured clean."""
 
 
 class Assurance(enum.StrEnum):
@@ -88,6 +99,8 @@ class TeardownReceipt:
     """The record "teardown end" in the node's chain, with its hash: the receipt's evidence."""
     record_hash: str = ""
     """64 hexadecimal digits."""
+    cleared: Cleared | None = None
+    """Of the outcome `cleared`, and of no other."""
 
     @property
     def frees(self) -> bool:
@@ -99,29 +112,38 @@ class TeardownReceipt:
         return self.amount if self.kind.has_extents else 0
 
     def to_claims(self) -> dict[str, Any]:
-        return {
-            "lease": self.lease_id,
-            "node": self.node_id,
-            "incarnation": self.incarnation,
-            "boot_epoch": self.boot_epoch,
-            "kind": self.kind.value,
-            "epoch": str(self.epoch),
-            "cause": self.cause.value,
-            "outcome": self.outcome.value,
-            "assurance": self.assurance.value,
-            "measured": dict(self.measured),
-            "begin_ms": self.begin_ms,
-            "end_ms": self.end_ms,
-            "duration_us": self.duration_us,
-            "record_number": str(self.record_number),
-            "record_hash": self.record_hash,
-        } | token.slice_claims(self.kind, self.amount, self.extent_offset)
+        return (
+            {
+                "lease": self.lease_id,
+                "node": self.node_id,
+                "incarnation": self.incarnation,
+                "boot_epoch": self.boot_epoch,
+                "kind": self.kind.value,
+                "epoch": str(self.epoch),
+                "cause": self.cause.value,
+                "outcome": self.outcome.value,
+                "assurance": self.assurance.value,
+                "measured": dict(self.measured),
+                "begin_ms": self.begin_ms,
+                "end_ms": self.end_ms,
+                "duration_us": self.duration_us,
+                "record_number": str(self.record_number),
+                "record_hash": self.record_hash,
+            }
+            | token.slice_claims(self.kind, self.amount, self.extent_offset)
+            | self._clear_claim()
+        )
+
+    def _clear_claim(self) -> dict[str, Any]:
+        return {} if self.cleared is None else {"cleared": self.cleared.value}
 
     @staticmethod
     def from_claims(claims: Mapping[str, Any]) -> TeardownReceipt:
         """Exactly these claims, each of exactly its type; raises `TOKEN_CLAIM`."""
         kind = token.read_kind(claims)
-        jws.exactly(claims, _RECEIPT | token.slice_name(kind))
+        was_fenced = {"cleared"} if claims.get("outcome") == Outcome.CLEARED else set()
+        jws.exactly(claims, _RECEIPT | token.slice_name(kind) | was_fenced)
+        outcome = _member(Outcome, claims, "outcome")
         amount, extent_offset = token.read_slice(claims, kind)
         return TeardownReceipt(
             lease_id=jws.text(claims, "lease", jws.HEX_128),
@@ -133,14 +155,15 @@ class TeardownReceipt:
             amount=amount,
             extent_offset=extent_offset,
             cause=_member(EndCause, claims, "cause"),
-            outcome=_member(Outcome, claims, "outcome"),
-            assurance=_member(Assurance, claims, "assurance"),
+            outcome=outcome,
+            assurance=_read_assurance(claims, outcome),
             measured=_read_measured(claims["measured"]),
             begin_ms=jws.number(claims, "begin_ms"),
             end_ms=jws.number(claims, "end_ms"),
             duration_us=jws.number(claims, "duration_us"),
             record_number=jws.u64(claims, "record_number"),
             record_hash=jws.text(claims, "record_hash", _HASH),
+            cleared=_member(Cleared, claims, "cleared") if was_fenced else None,
         )
 
 
@@ -151,6 +174,16 @@ _RECEIPT: Final = frozenset(
         "record_hash",
     }
 )  # fmt: skip
+
+
+def _read_assurance(claims: Mapping[str, Any], outcome: Outcome) -> Assurance:
+    """Nothing is promised of what is fenced, or was cleared with what may be left in it; all else
+    was measured."""
+    assurance = _member(Assurance, claims, "assurance")
+    unproved = outcome is Outcome.FENCED or claims.get("cleared") == Cleared.RESIDUE
+    if unproved != (assurance is Assurance.NONE):
+        jws.refuse("TOKEN_CLAIM", "assurance")
+    return assurance
 
 
 def _read_epoch(claims: Mapping[str, Any]) -> int:

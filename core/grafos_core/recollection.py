@@ -3,7 +3,8 @@
     agent.bound, attached, extended     an open bind, with all that its teardown needs
     agent.teardown_end, burnt           closes it; a receipt is owed
     agent.fenced                        closes it; a fence stands, and a receipt is owed
-    agent.clear_begun                   a nonce is used up
+    agent.clear_begun                   a nonce is used up, where an operator ordered it
+    agent.probed                        what a look at a fenced slice has found
     agent.cleared                       the fence is gone; a receipt is owed
     agent.credited                      the receipt of that outcome is not owed any more
 
@@ -22,6 +23,7 @@ from typing import Final, Protocol
 from grafos_core.chain import EventKind, Record
 from grafos_core.lease import EndCause, Kind, LeaseId, Policy
 from grafos_core.node_effects import BoundFacts, FenceFacts, ReceiptFacts, Recovered
+from grafos_core.quarantine import FINDINGS_MAX, Finding
 from grafos_core.receipt import Assurance, Outcome
 from grafos_core.surface_state import OpenBind, SurfaceState
 
@@ -51,6 +53,7 @@ class Recollection:
         self._bound: dict[str, BoundFacts] = {}
         self._fenced: dict[str, tuple[BoundFacts, ReceiptFacts]] = {}
         self._nonces: dict[str, list[str]] = {}
+        self._findings: dict[str, list[Finding]] = {}
         self._owed: dict[tuple[str, int], ReceiptFacts] = {}
         self._closed: set[tuple[str, int]] = set()
         self.proofs: dict[str, tuple[int, str]] = {}
@@ -70,12 +73,16 @@ class Recollection:
             epochs={kind: self._state.epochs(kind) for kind in kinds},
             open_binds=tuple(self._bound.values()),
             fences=tuple(
-                FenceFacts(bound, receipt, tuple(self._nonces.get(lease_id, ())))
+                self._fence(lease_id, bound, receipt)
                 for lease_id, (bound, receipt) in self._fenced.items()
             ),
             receipts=tuple(self._owed.values()),
             time_floor_ms=time_floor_ms,
         )
+
+    def _fence(self, lease_id: str, bound: BoundFacts, receipt: ReceiptFacts) -> FenceFacts:
+        nonces, findings = self._nonces.get(lease_id, ()), self._findings.get(lease_id, ())
+        return FenceFacts(bound, receipt, tuple(nonces), tuple(findings))
 
     @property
     def open_binds(self) -> tuple[BoundFacts, ...]:
@@ -99,8 +106,11 @@ class Recollection:
                 )
             case kind if kind in PROVING:
                 self._ended_by(record)
-            case "agent.clear_begun":
+            case "agent.clear_begun" if body["nonce"]:
                 self._nonces.setdefault(lease_id, []).append(body["nonce"])
+            case "agent.probed":
+                known = self._findings.get(lease_id, [])
+                self._findings[lease_id] = [*known, Finding.of_body(body)][-FINDINGS_MAX:]
             case "agent.credited":
                 self._credited(lease_id, record.epoch, body["outcome"])
 
@@ -113,6 +123,7 @@ class Recollection:
         elif record.kind == EventKind.AGENT_CLEARED:
             was = self._fenced.pop(lease_id, None)
             self._nonces.pop(lease_id, None)
+            self._findings.pop(lease_id, None)
             bound = was[0] if was else None
         if bound is not None:
             self.ended[lease_id] = (bound, receipt.cause)

@@ -55,10 +55,12 @@ class LocalFabric:
         faults: Mapping[str, str] | None = None,
         tcp: bool = False,
         modules: Mapping[str, str] | None = None,
+        clear_proved_clean: bool = False,
     ) -> None:
         self._wanted = Wanted(
             nodes=nodes, memory_bytes=memory_bytes, block_bytes=block_bytes, tcp=tcp, port_base=0,
             faults=dict(faults or {}), modules=dict(modules or {}), ephemeral=True,
+            clear_proved_clean=clear_proved_clean,
         )  # fmt: skip
         self._launched: Launched | None = None
         self._lifeline = -1
@@ -234,6 +236,7 @@ def local_fabric(
     block_bytes: int = BLOCK_BYTES_DEFAULT,
     faults: Mapping[str, str] | None = None,
     tcp: bool = False,
+    clear_proved_clean: bool = False,
 ) -> LocalFabric:
     """A fabric of this program's own; a context manager.
 
@@ -243,13 +246,15 @@ def local_fabric(
         block_bytes: of each node; taken from the disk at once.
         faults: process name to named faults, as in `{"node-n1": "teardown.erase:EIO"}`.
         tcp: loopback ports in the place of unix sockets.
+        clear_proved_clean: nodes free fenced slices that a probe has proved clean.
 
     Raises:
         Degraded: it did not become ready; the reason says which part, and why.
     """
     return LocalFabric(
-        nodes=nodes, memory_bytes=memory_bytes, block_bytes=block_bytes, faults=faults, tcp=tcp
-    )
+        nodes=nodes, memory_bytes=memory_bytes, block_bytes=block_bytes, faults=faults, tcp=tcp,
+        clear_proved_clean=clear_proved_clean,
+    )  # fmt: skip
 
 
 def _short_folder() -> str:

@@ -177,6 +177,7 @@ def register(ask: ledger_pb2.RegisterRequest) -> c.Register:
         labels=dict(ask.labels),
         receipt_key=published_key(ask.receipt_key),
         live=tuple(_live(bound) for bound in ask.live) if ask.has_live else None,
+        clears_proved_clean=ask.clears_proved_clean,
     )
 
 
@@ -281,6 +282,7 @@ def node_to_proto(view: NodeView) -> lease_pb2.Node:
         labels=dict(view.labels),
         lease_count=view.lease_count,
         registered_until_ms=view.registered_until_ms,
+        clears_proved_clean=view.clears_proved_clean,
     )
 
 

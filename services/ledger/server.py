@@ -205,6 +205,7 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
             found = list(lessor.state.leases.values())
             if ended:
                 found += lessor.state.released.values()
+                found += lessor.state.residues.values()
             return found, self._ledger.watchers.revision
 
         leases, revision = self._ledger.read(copy, deadline_left_ms())

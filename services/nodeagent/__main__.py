@@ -51,6 +51,7 @@ from services.runtime.server import Listener, Service
 BLOCK_BYTES_DEFAULT: Final = 256 << 20
 BYTES_MAX: Final = 1 << 50
 LABELS_MAX: Final = 32
+CLEARS_PROVED_CLEAN: Final = "clears what is proved clean"
 FRONT_S_MAX: Final = 15.0
 DRAIN_S: Final = 5.5
 CREDIT_S: Final = 2.0
@@ -86,6 +87,8 @@ FLAGS: Final = (
          str(BLOCK_BYTES_DEFAULT), flags.number(0, BYTES_MAX)),
     Flag("labels", "what selectors find: name=value,…", "", labels),
     Flag("ledger", "address of the ledger", None, flags.endpoint),
+    Flag("clear-proved-clean", "free fenced slices that a probe has proved clean, by itself",
+         "off", flags.switch, bare="on"),
 )  # fmt: skip
 
 
@@ -104,6 +107,8 @@ def start(process: Process) -> None:
     files = process.identity()
     identity = checked_identity(files, process.values)
     book = open_book(process, identity.name)
+    if process.values.clear_proved_clean:
+        process.readiness.policies.append(CLEARS_PROVED_CLEAN)
     memory, block = devices(process.values, process.state_dir)
     capacities = capacities_of(memory, block)
     rooms = Rooms(
@@ -181,8 +186,9 @@ def assemble(
         past.recovered(capacities, book.time_floor_ms), unexported=frozenset(unexported)
     )
     core = NodeCore(
-        identity.name, book.incarnation, capacities, recovered, Instant(*process.clock.instant())
-    )
+        identity.name, book.incarnation, capacities, recovered, Instant(*process.clock.instant()),
+        clears_proved_clean=values.clear_proved_clean,
+    )  # fmt: skip
     watcher = GateKeeper(process, book, capacities)
     control = Control(identity, core, rooms, found, process.halt, watcher.tick)
     endpoints = Endpoints(control=values.control_listen or "")

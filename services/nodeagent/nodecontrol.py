@@ -16,7 +16,8 @@ from grafos_core import failure
 from grafos_core.lease import EPOCH_MAX, LeaseId, check_lease_id
 from grafos_core.node import Instant, NodeCore
 from grafos_core.node_effects import Effect, Ordered, Probed, Result, Target
-from grafos_core.node_lease import LeaseView
+from grafos_core.node_lease import FenceView, LeaseView
+from grafos_core.quarantine import Finding
 from grafos_core.receipt import ClearOrder
 from grafos_proto.v1 import lease_pb2, node_pb2, node_pb2_grpc
 from grafos_proto.wire import convert
@@ -88,7 +89,9 @@ class NodeControlServicer(node_pb2_grpc.NodeControlServicer):
     def ListLeases(
         self, request: node_pb2.ListNodeLeasesRequest, context: grpc.ServicerContext
     ) -> node_pb2.ListNodeLeasesResponse:
-        return node_pb2.ListNodeLeasesResponse(leases=map(shown, self._agent.leases()))
+        wanted = request.lease_id
+        leases = [one for one in self._agent.leases() if wanted in ("", one.lease_id)]
+        return node_pb2.ListNodeLeasesResponse(leases=map(shown, leases))
 
     def _ordered(self, question: Question) -> node_pb2.NodeActionResponse:
         result = self._agent.ask(question, calls.deadline_left_ms())
@@ -127,6 +130,27 @@ def shown(view: LeaseView) -> node_pb2.NodeLease:
         exported=view.exported,
         evidence={name: str(value) for name, value in view.evidence.items()},
         revoke_stage=view.revoke_stage.value,
+        fence=None if view.fence is None else shown_fence(view.fence),
+    )
+
+
+def shown_fence(fence: FenceView) -> node_pb2.Fence:
+    return node_pb2.Fence(
+        since_ms=fence.since_ms,
+        probes=fence.probes,
+        findings=map(shown_finding, fence.findings),
+        latest=None if fence.latest is None else shown_finding(fence.latest),
+        next_probe_ms=fence.next_probe_ms or 0,
+    )
+
+
+def shown_finding(finding: Finding) -> node_pb2.Finding:
+    return node_pb2.Finding(
+        at_ms=finding.at_ms,
+        clean=finding.clean,
+        asked=finding.asked,
+        evidence={name: str(value) for name, value in finding.measured.items()},
+        number=finding.number,
     )
 
 

@@ -147,6 +147,10 @@ class Performer:
     def __init__(self, tools: Tools, partners: Partners) -> None:
         self._tools, self.partners = tools, partners
         self._pool = ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="step")
+        self._aside: dict[Kind, ThreadPoolExecutor] = {}
+        """A thread for each kind of device that has fences; one that hangs holds up none."""
+        self._busy_aside: set[str] = set()
+        """Leases with a step there that has not come back. Of the owner's thread."""
         self._facts: dict[str, BoundFacts] = {}
         """As last bound or attached, of what is charged."""
         self._ops: dict[str, tuple[str, ...]] = {}
@@ -242,7 +246,8 @@ class Performer:
         return fields
 
     def stop(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, *self._aside.values()):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # One method per effect
 
@@ -401,11 +406,33 @@ class Performer:
             return self._tools.slices.run(effect.step, effect.facts)
 
         where = (effect.lease_id, effect.step, effect.attempt, run)
+        if effect.aside:
+            self._run_aside(effect, where)
+            return
         small = effect.facts.kind is Kind.MEM and effect.facts.amount <= INLINE_BYTES_MAX
         if small or effect.step is Step.REAP:
             self._step(*where)
         else:
             self._pool.submit(self._step, *where)
+
+    def _run_aside(self, effect: RunStep, where: tuple[str, Step, int, Any]) -> None:
+        """Of a fenced slice. While its step before hangs, another one would only queue behind it:
+        the core sees that its time is up."""
+        lease_id, kind = effect.lease_id, effect.facts.kind
+        if lease_id in self._busy_aside:
+            return
+        self._busy_aside.add(lease_id)
+        if kind not in self._aside:
+            self._aside[kind] = ThreadPoolExecutor(1, thread_name_prefix=f"fence-{kind.value}")
+
+        def done(now: Instant) -> list[Effect]:
+            self._busy_aside.discard(lease_id)
+            return []
+
+        def run() -> None:
+            self._step(*where, before=done)
+
+        self._aside[kind].submit(run)
 
     def _step(
         self,
@@ -413,9 +440,10 @@ class Performer:
         step: Step,
         attempt: int,
         run: Callable[[], Mapping[str, int | str | bool]],
+        before: Verb | None = None,
     ) -> None:
-        """Do a step wherever this is called, and tell the core how it went."""
-        core = self._tools.core
+        """Do a step wherever this is called, and tell the core how it went; `before` that, more."""
+        core, why, evidence = self._tools.core, "", {}
         try:
             if step is Step.QUIESCE:
                 fault("teardown.quiesce")
@@ -424,9 +452,14 @@ class Performer:
                 self._tools.watcher.erased(lease_id)
         except (FabricError, OSError) as error:
             why = _cut(_typed(error))
-            self._tools.post(lambda now: core.step_failed(lease_id, step, attempt, why, now))
-            return
-        self._tools.post(lambda now: core.step_done(lease_id, step, attempt, evidence, now))
+
+        def told(now: Instant) -> list[Effect]:
+            effects = [] if before is None else before(now)
+            if why:
+                return effects + core.step_failed(lease_id, step, attempt, why, now)
+            return effects + core.step_done(lease_id, step, attempt, evidence, now)
+
+        self._tools.post(told)
 
     def _send_receipt(self, effect: SendReceipt) -> None:
         receipt = effect.receipt

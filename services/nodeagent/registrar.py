@@ -170,6 +170,7 @@ class Registrar:
             revocation_number=self._revocation_number,
             audit_head=book.head,
             audit_number=book.number,
+            clears_proved_clean=control.core.clears_proved_clean,
         )
 
     def _live(self) -> list[ledger_pb2.Bound]:

@@ -2,7 +2,8 @@
 
     GRAFOS_FAULT="teardown.erase:EIO,ledger.commit:ENOSPC:3"
 
-makes every erasure fail with EIO, and the third commit with ENOSPC. What may stand after the name:
+makes every erasure fail with EIO, and the third commit with ENOSPC; `EIO:1-2` is the first two
+alone. What may stand after the name:
 
     an errno's name    the point raises that OSError
     kill               the process is killed, as by SIGKILL
@@ -81,8 +82,9 @@ POINTS: Final[dict[str, str]] = {
 @dataclass(slots=True)
 class _Armed:
     action: str
-    at: int
-    """0: at every passage; else at that one only."""
+    first: int
+    """0: at every passage; else from this one on, to `last`."""
+    last: int
     passages: int = 0
 
 
@@ -109,16 +111,25 @@ def parse(text: str) -> dict[str, _Armed]:
     found: dict[str, _Armed] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, rest = part.partition(":")
-        action, _, nth = rest.partition(":")
+        action, _, when = rest.partition(":")
         if name not in POINTS:
             raise failure.of("OPTION", f"no fault point of this name; there are: {names()}")
         _check_action(action)
-        if nth and (not nth.isascii() or not nth.isdigit() or int(nth) == 0):
-            raise failure.of("OPTION", f"{name}: the passage is a number from 1 on")
-        found[name] = _Armed(action, int(nth or 0))
+        found[name] = _Armed(action, *_passages(name, when))
     if len(found) > FAULTS_MAX:
         raise failure.of("OPTION", f"at most {FAULTS_MAX} faults")
     return found
+
+
+def _passages(name: str, when: str) -> tuple[int, int]:
+    """`3`, or `1-2`, or nothing for all."""
+    first, _, last = when.partition("-")
+    numbers = (first or "0", last or first or "0")
+    if not all(each.isascii() and each.isdigit() for each in numbers):
+        raise failure.of("OPTION", f"{name}: passages are numbers: 3, or 1-2")
+    if when and not 1 <= int(numbers[0]) <= int(numbers[1]):
+        raise failure.of("OPTION", f"{name}: the passage is a number from 1 on")
+    return int(numbers[0]), int(numbers[1])
 
 
 def _check_action(action: str) -> None:
@@ -150,7 +161,7 @@ def fault(name: str) -> None:
         if armed is None:
             return
         armed.passages += 1
-        if armed.at and armed.passages != armed.at:
+        if armed.first and not armed.first <= armed.passages <= armed.last:
             return
     _perform(armed.action, name)
 

@@ -40,6 +40,8 @@ class Flag:
     """None: it must be given."""
     parse: Callable[[str], Any] = str
     """Text to value; a ValueError or failure says what would fit."""
+    bare: str | None = None
+    """What the flag says where nothing follows it; None: something must."""
 
     @property
     def field(self) -> str:
@@ -84,6 +86,11 @@ def choice(*allowed: str) -> Callable[[str], str]:
         return text
 
     return parse
+
+
+def switch(text: str) -> bool:
+    """On or off."""
+    return choice("on", "off")(text) == "on"
 
 
 def directory(text: str) -> Path:
@@ -207,6 +214,10 @@ def _parser(program: str, description: str, flags: Sequence[Flag]) -> argparse.A
     for flag in flags:
         shown = "needed" if flag.default is None else (flag.default or "none")
         parser.add_argument(
-            f"--{flag.name}", metavar="VALUE", help=f"{flag.help} [{flag.variable}; {shown}]"
+            f"--{flag.name}",
+            metavar="VALUE",
+            nargs=None if flag.bare is None else "?",
+            const=flag.bare,
+            help=f"{flag.help} [{flag.variable}; {shown}]",
         )
     return parser

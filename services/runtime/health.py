@@ -57,6 +57,9 @@ class Readiness:
         for kind in kinds:
             self._gates[kind, "device"] = STARTING
         self._listeners: list[Callable[[bool], None]] = []
+        self.policies: list[str] = []
+        """What this service was told to do that others of its kind do not, in words. Filled before
+        it listens."""
 
     def open(self, gate: str, *, kind: str = "") -> None:
         self._set(kind, gate, "")
@@ -106,6 +109,7 @@ class Readiness:
                 }
                 for kind in self.kinds()
             },
+            "policies": list(self.policies),
         }
 
     def _set(self, kind: str, name: str, why: str) -> None:

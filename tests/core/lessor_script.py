@@ -1,10 +1,10 @@
 """Golden scripts for the lessor and for placement: one command a line, time in ms.
 
     at 1000                                now
-    register n1 mem=65536 block=16 boot=1 ready=mem,block live=-
+    register n1 mem=65536 block=16 boot=1 ready=mem,block live=- [policy=on]
     grant a mem 4096 n1 tenant=t ttl=60000 (lease ids are written by their first letter)
-    bound a | renew a | attach a | end a release|revoked | burn a | clear a
-    credit a torndown|fenced|nothing_created|cleared [epoch=9]
+    bound a | renew a | attach a | end a release|revoked | burn a | clear a [residue=accept]
+    credit a torndown|fenced|nothing_created|cleared [by=policy] [epoch=9]
     quota t mem amount=8192 count=2 | tick | books n1 | lease a | owes n1 | place mem 4096
 
 The answer is what became durable, then the lease, or the refusal.
@@ -30,7 +30,7 @@ from grafos_core.lease import (
 )
 from grafos_core.lessor import Lessor
 from grafos_core.quota import UNLIMITED, Limit
-from grafos_core.receipt import Assurance, Outcome, TeardownReceipt
+from grafos_core.receipt import Assurance, Cleared, Outcome, TeardownReceipt
 
 KEY = b"\x01" * 32
 NOT_FREED = ("fenced", "nothing_created")
@@ -65,10 +65,12 @@ def register(name: str, now: dict[str, Any]) -> c.Register:
         live=None
         if live is None
         else tuple(c.LiveLease(lease_id(x), 1, 1) for x in live.strip("-").split(",") if x),
+        clears_proved_clean="policy" in now,
     )
 
 
 def receipt(lease: Lease, outcome: str, options: dict[str, str]) -> TeardownReceipt:
+    cleared = Cleared(options.get("by", "operator")) if outcome == "cleared" else None
     return TeardownReceipt(
         lease_id=lease.lease_id,
         node_id=options.get("node", lease.node_id),
@@ -87,6 +89,7 @@ def receipt(lease: Lease, outcome: str, options: dict[str, str]) -> TeardownRece
         duration_us=1000,
         record_number=7,
         record_hash="ab" * 32,
+        cleared=cleared,
     )
 
 
@@ -204,9 +207,10 @@ class Script:
         return self._do(c.Credit(receipt(lease, plain[1], options), signer))
 
     def _clear(self, plain: list[str], options: dict[str, str]) -> str:
+        accept = options.get("residue") == "accept"
         return self._do(
             c.ClearFence(
-                "rc", lease_id(plain[0]), options.get("reason", ""), False, "op", "0f" * 16
+                "rc", lease_id(plain[0]), options.get("reason", ""), accept, "op", "0f" * 16
             )
         )
 
@@ -297,6 +301,7 @@ def tell(lease: Lease) -> str:
     extent = f" at {lease.extent_offset}" if lease.kind.has_extents else ""
     over = f" {lease.cause}" if lease.cause else ""
     late = " unconfirmed" if lease.unconfirmed else ""
+    late += f" cleared by {lease.cleared}" if lease.cleared else ""
     return (
         f"{letter(lease.lease_id)} {lease.state}{over}{late} {lease.kind} {lease.amount}{extent} "
         f"on {lease.node_id} epoch {lease.epoch} generation {lease.generation} end {lease.end_ms}"

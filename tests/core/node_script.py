@@ -1,6 +1,6 @@
 """Golden scripts for the node agent's core: one command a line, effects as they are to be done.
 
-node [mem=65536] [block=64]            a fresh node, started, ready, heard (the default)
+node [mem=65536] [block=64] [policy]    a fresh node, started, ready, heard (the default)
 restart open=a,b fences=c owed=d used=5 journal=a expired=b kept=b   after a crash
 at 5000 [wall=…]                       now; the wall clock is 1000000 later unless said
 bind a [epoch=1] [gen=1] [amount=4096] [offset=0] [ttl=10000] [end=…] [key=K] [session=s]
@@ -13,6 +13,8 @@ release a [wait=0] | checkpoint a | stage a | detach a | exited s | lost s | bac
 burn a epoch=… | revoke a grace=… | withdraw a | probe a | clear a nonce=… [residue]
 credited a torndown | taken a deadline | front lost|started | warden lost|started
 heard | hold SPOOL_FULL | allow SPOOL_FULL | tick | leases | wait | verdict a | gates
+fenced a                               up to a fence whose receipt is credited, without a word
+fence a                                what is known of it
 """
 
 from collections.abc import Callable
@@ -82,7 +84,8 @@ def told(failed: FabricError) -> str:
 
 def receipt(facts: e.ReceiptFacts) -> str:
     found = "".join(f" {name}={value}" for name, value in facts.measured.items())
-    return f"{facts.outcome} by {facts.cause}, {facts.assurance}{found}"
+    by = f" by {facts.cleared}" if facts.cleared else f" by {facts.cause}"
+    return f"{facts.outcome}{by}, {facts.assurance}{found}"
 
 
 def result(value: e.Result) -> str:
@@ -146,7 +149,10 @@ class Script:
         capacities = {
             Kind.MEM: int(options.get("mem", 65_536)), Kind.BLOCK: int(options.get("block", 64))
         }  # fmt: skip
-        return NodeCore(NODE, INCARNATION, capacities, recovered, self.now)
+        return NodeCore(
+            NODE, INCARNATION, capacities, recovered, self.now,
+            clears_proved_clean="policy" in options,
+        )  # fmt: skip
 
     def _ready(self) -> list[Effect]:
         self.core.allow_binds("NOT_READY")
@@ -165,7 +171,7 @@ class Script:
     # The node
 
     def do_node(self, bare: list[str], options: dict[str, str]) -> list[Effect]:
-        self.core = self._fresh(options, Recovered())
+        self.core = self._fresh(options | dict.fromkeys(bare, ""), Recovered())
         return self.core.start(self.now) + self._ready()
 
     def do_restart(self, bare: list[str], options: dict[str, str]) -> list[Effect]:
@@ -360,6 +366,29 @@ class Script:
     def do_revoke(self, bare: list[str], options: dict[str, str]) -> list[Effect]:
         grace_ms = int(options.get("grace", 0))
         return self.core.revoke(6, self._target(bare, options), grace_ms, "preempted", self.now)
+
+    def do_fenced(self, bare: list[str], options: dict[str, str]) -> str:
+        """Its measurement fails twice, all else succeeds."""
+        self.do_up(bare, options)
+        self.do_release(bare, options)
+        for step in (Step.QUIESCE, Step.REAP, Step.ERASE):
+            self.do_done([bare[0], step.value], {})
+        for _ in range(2):
+            self.do_failed([bare[0], Step.MEASURE.value], {})
+        self.do_credited([bare[0], "fenced"], options)
+        return self.do_leases(bare, options)
+
+    def do_fence(self, bare: list[str], options: dict[str, str]) -> str:
+        view = next(x for x in self.core.leases(self.now) if x.lease_id == lease_id(bare[0]))
+        assert view.fence is not None
+        fence = view.fence
+        lines = [
+            f"{each.number}: {'clean' if each.clean else 'not clean'}{' asked' * each.asked}"
+            + "".join(f" {name}={value}" for name, value in each.measured.items())
+            for each in fence.findings
+        ]
+        due = "now" if fence.next_probe_ms is None else f"in {fence.next_probe_ms} ms"
+        return "\n".join([*lines, f"{fence.probes} probes, the next {due}"])
 
     def do_probe(self, bare: list[str], options: dict[str, str]) -> list[Effect]:
         return self.core.probe(7, lease_id(bare[0]), self.now)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from grafos_core import jws, receipt
 from grafos_core.failure import FabricError
 from grafos_core.lease import EndCause, Kind
-from grafos_core.receipt import Assurance, ClearOrder, Outcome, TeardownReceipt
+from grafos_core.receipt import Assurance, Cleared, ClearOrder, Outcome, TeardownReceipt
 from grafos_core.token import audience_of
 
 INCARNATION = "4f" * 16
@@ -91,11 +91,54 @@ def forge(claims: dict[str, Any], typ: str = jws.RECEIPT, kid: str = "node-1") -
     return jws.mint(typ, kid, claims, signer(secret))
 
 
+def with_outcome(outcome: Outcome, cleared: Cleared | None = None) -> TeardownReceipt:
+    if outcome is Outcome.CLEARED and cleared is None:
+        cleared = Cleared.OPERATOR
+    unproved = outcome is Outcome.FENCED or cleared is Cleared.RESIDUE
+    assurance = Assurance.NONE if unproved else Assurance.FREED
+    return dataclasses.replace(GOOD, outcome=outcome, cleared=cleared, assurance=assurance)
+
+
+@pytest.mark.parametrize("cleared", Cleared)
+def test_a_cleared_receipt_says_on_whose_word_for_ever(cleared: Cleared) -> None:
+    made = with_outcome(Outcome.CLEARED, cleared)
+    read = receipt.verify(receipt.mint(made, "node-1", signer(b"1")), KEYS)
+    assert (read.cleared, read.frees) == (cleared, True)
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"outcome": "cleared"},
+        {"outcome": "cleared", "cleared": "somebody"},
+        {"outcome": "cleared", "cleared": ""},
+        {"outcome": "torndown", "cleared": "operator"},
+        {"outcome": "fenced", "assurance": "none", "cleared": "policy"},
+    ],
+)
+def test_whose_word_it_was_is_said_of_a_clear_and_of_nothing_else(claims: dict[str, Any]) -> None:
+    assert refusal(forge(GOOD.to_claims() | claims)) == ("RECEIPT", "TOKEN_CLAIM")
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"outcome": "fenced", "assurance": "freed"},
+        {"outcome": "torndown", "assurance": "none"},
+        {"outcome": "cleared", "cleared": "residue", "assurance": "detached"},
+        {"outcome": "cleared", "cleared": "policy", "assurance": "none"},
+    ],
+)
+def test_nothing_is_promised_of_what_was_not_measured_clean(claims: dict[str, Any]) -> None:
+    """And a receipt that says so of what was is no receipt either."""
+    assert refusal(forge(GOOD.to_claims() | claims)) == ("RECEIPT", "TOKEN_CLAIM")
+
+
 @pytest.mark.parametrize("outcome", Outcome)
 @pytest.mark.parametrize("kind", Kind)
 def test_a_receipt_is_read_as_it_was_signed(kind: Kind, outcome: Outcome) -> None:
     offset = 8 if kind.has_extents else 0
-    made = dataclasses.replace(GOOD, kind=kind, extent_offset=offset, outcome=outcome)
+    made = dataclasses.replace(with_outcome(outcome), kind=kind, extent_offset=offset)
     assert receipt.verify(receipt.mint(made, "node-1", signer(b"1")), KEYS) == made
     assert made.frees == (outcome is not Outcome.FENCED)
     assert made.extent_length == (16 if kind.has_extents else 0)

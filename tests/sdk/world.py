@@ -386,13 +386,16 @@ class Control:
         return self._signed(grant, SYSTEM.wall_ms(), Outcome.FENCED)
 
     def _signed(self, grant: Granted, begin_ms: int, outcome: Outcome = Outcome.TORNDOWN) -> str:
+        assurance = (
+            Assurance.NONE if outcome is Outcome.FENCED
+            else Assurance.DETACHED if grant.lease.lease_id in self.exported
+            else Assurance.FREED
+        )  # fmt: skip
         slip = TeardownReceipt(
             lease_id=grant.lease.lease_id, node_id=NODE_ID, incarnation=INCARNATION, boot_epoch=1,
             kind=Kind.MEM if grant.lease.kind == lease_pb2.KIND_MEM else Kind.BLOCK,
             epoch=grant.lease.epoch, amount=grant.lease.amount, extent_offset=0,
-            cause=EndCause.RELEASE, outcome=outcome,
-            assurance=Assurance.DETACHED if grant.lease.lease_id in self.exported
-            else Assurance.FREED,
+            cause=EndCause.RELEASE, outcome=outcome, assurance=assurance,
             measured={"size_bytes": os.fstat(grant.fd).st_size}, begin_ms=begin_ms,
             end_ms=SYSTEM.wall_ms(), duration_us=5, record_number=1, record_hash="0" * 64,
         )  # fmt: skip

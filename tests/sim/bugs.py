@@ -22,7 +22,10 @@ from grafos_core.lessor import Lessor
 from grafos_core.node import NodeCore
 from grafos_core.node_effects import CloseGate
 from grafos_core.node_endings import Endings, Wake
+from grafos_core.node_fences import Fences
+from grafos_core.node_lease import Phase
 from grafos_core.node_orders import Orders
+from grafos_core.receipt import Cleared
 from grafos_core.teardown import Stage, Step
 from tests.sim.node import Node
 
@@ -220,6 +223,45 @@ def _never_quarantined(self: Lessor, receipt: Any, lease: Any, now_ms: int) -> A
     return self._commit(*events, lease_id=lease.lease_id)
 
 
+def _probe_frees(original: Any) -> Any:
+    """What is found clean goes straight back, without a word of anybody."""
+
+    def probed(self: Fences, lease: Any, now: Any, *, clean: bool) -> Any:
+        effects = original(self, lease, now, clean=clean)
+        if clean and lease.order is None:
+            self._timers.cancel((lease.lease_id, Wake.PROBE))
+            lease.move(Phase.CLEARING)
+            effects += self._cleared(lease, now, Cleared.POLICY)
+        return effects
+
+    return probed
+
+
+def _trusts_the_probe(original: Any) -> Any:
+    """A clear takes an old finding for a measurement, where there is one that says clean."""
+
+    def begin_clear(self: Fences, lease: Any, now: Any) -> Any:
+        known = lease.quarantine
+        if known is None or not any(each.clean for each in known.findings):
+            return original(self, lease, now)
+        lease.move(Phase.CLEARING)
+        self._timers.cancel((lease.lease_id, Wake.PROBE))
+        by = Cleared.OPERATOR if lease.order else Cleared.POLICY
+        return self._cleared(lease, now, by)
+
+    return begin_clear
+
+
+def _looks_once(original: Any) -> Any:
+    def await_probe(self: Fences, lease: Any, now: Any) -> None:
+        original(self, lease, now)
+        if lease.quarantine.probes:
+            due = (lease.lease_id, Wake.PROBE)
+            self._timers.set(due, now.boot_ms + 3_600_000)
+
+    return await_probe
+
+
 WARN = Orders._warn
 BUGS = (
     _bug("blocks are found without a look at what is free", 1, ExtentMap, "find", _first_extent),
@@ -259,6 +301,16 @@ BUGS = (
     _bug("the head trails the records", 9, Node, "_persist",
         _wrap(Node, "_persist", _head_not_kept)),
     _bug("a record number is skipped", 9, Chain, "advance", _wrap(Chain, "advance", _link_lost)),
+    _bug("a probe frees what it finds clean", 10, Fences, "_probed",
+        _wrap(Fences, "_probed", _probe_frees)),
+    _bug("what is proved clean is cleared without the policy", 10, Fences, "_may_clear",
+        lambda self, lease: True),
+    _bug("a clear trusts an old probe", 3, Fences, "_begin_clear",
+        _wrap(Fences, "_begin_clear", _trusts_the_probe)),
+    _bug("a fence is looked at once and forgotten", 10, Fences, "_await_probe",
+        _wrap(Fences, "_await_probe", _looks_once)),
+    _bug("residue counts as cleared though nobody accepted it", 10, Fences, "_clear_failed",
+        lambda self, lease, now: self._cleared(lease, now, Cleared.RESIDUE)),
     _bug("what is fenced is free at once", 10, Endings, "_fence",
         _wrap(Endings, "_fence", _fence_frees)),
 )  # fmt: skip

@@ -216,21 +216,27 @@ class Holder:
     def renewal_granted(self, lease: Lease, token: LeaseToken) -> None:
         """The ledger has agreed; only the node's answer moves our own stop."""
         held, life = self.held.get(lease.lease_id), self.life
+        asked_ms = held.belief._asked_ms if held is not None and held.belief else None
         if held is None or held.belief is None or token.holder_thumbprint != self.key:
             return
         self.old_tokens.append(token)
 
         def answered(result: Any) -> None:
-            self.world.send(lease.node_id, self.name, self._extended, lease.lease_id, result, life)
+            self.world.send(
+                lease.node_id, self.name, self._extended, lease.lease_id, result, life, asked_ms
+            )
 
         self._ask(lease.node_id, self.nodes[lease.node_id].extend, token, self.key, self.session,
                   answered)  # fmt: skip
 
-    def _extended(self, lease_id: LeaseId, result: Any, life: int) -> None:
+    def _extended(self, lease_id: LeaseId, result: Any, life: int, asked_ms: int | None) -> None:
+        """An answer that comes late, or twice, is for what was asked then and for nothing since."""
         held = self.held.get(lease_id)
         if life != self.life or held is None or held.belief is None:
             return
-        if isinstance(result, Extended) and held.belief._asked_ms is not None:
+        if asked_ms is None or held.belief._asked_ms != asked_ms:
+            return
+        if isinstance(result, Extended):
             held.belief.renewed(result.remaining_ms, self.clock.boot_ms())
             self.world.count("extended")
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from grafos_core.lease import HELD, LeaseState
+from grafos_core.commands import Event
+from grafos_core.lease import HELD, LeaseId, LeaseState
 from grafos_core.node import NodeCore
+from grafos_core.node_lease import FenceView
+from grafos_core.quarantine import PROBE_MS_MIN
+from grafos_core.receipt import Cleared
 from tests.sim.holder import Holder
 from tests.sim.ledger import Ledger
 from tests.sim.node import CAPACITY, Node
@@ -39,6 +43,8 @@ class Laws:
         self._seen = len(self.ledger.durable)
         released = {event.lease_id for event in fresh if event.kind == "lease.released"}
         for event in fresh:
+            if event.kind == "lease.released":
+                self._credit(event)
             if event.kind == "lease.granted":
                 where = (event.body["node_id"], event.body["kind"])
                 if event.epoch <= self._epochs.get(where, 0):
@@ -56,6 +62,20 @@ class Laws:
                 self._free[node_id, kind] = view.free
         return True
 
+    def _credit(self, event: Event) -> None:
+        """Law 3, S12: what is credited was erased, and measured after that; except where a person
+        accepted residue. What was fenced is free by an order, or by a policy that is on."""
+        lease = self.ledger.lessor.state.released.get(LeaseId(event.lease_id))
+        cleared = event.body.get("cleared")
+        if lease is None or cleared == Cleared.RESIDUE:
+            return
+        node = self.ledger.nodes[lease.node_id]
+        slice_ = node.slices.get((lease.lease_id, lease.epoch))
+        if slice_ is not None and not (slice_.erased and slice_.measured):
+            raise LawBroken(f"law 3: {lease.lease_id[:6]} is credited, and its bytes are there")
+        if cleared == Cleared.POLICY and not node.policy:
+            raise LawBroken(f"S12: {lease.lease_id[:6]} was cleared by a policy that is off")
+
     def _node(self, node: Node, core: NodeCore) -> None:
         """Laws 1 and 10 across both: what a node has not proved back, the ledger has not freed."""
         state = self.ledger.lessor.state
@@ -68,17 +88,29 @@ class Laws:
                     "and free in the ledger"
                 )
         self._fenced_stays(node, {x.lease_id for x in views if x.stage == "fenced"})
+        for view in views:
+            if view.fence is not None:
+                self._looked_at(node, view.lease_id, view.fence)
 
     def _fenced_stays(self, node: Node, now: set[str]) -> None:
         for lease_id in self._fences.get(node.node_id, set()) - now:
-            cleared = any(
-                record.kind == "agent.cleared" and record.lease_id == lease_id
+            cleared = [
+                record
                 for batch in node.disk.batches
                 for record in batch.records
-            )
+                if record.kind == "agent.cleared" and record.lease_id == lease_id
+            ]
             if not cleared:
                 raise LawBroken(f"law 10: the fence of {lease_id[:6]} is gone without a clear")
+            if not cleared[0].body["operator"] and not node.policy:
+                raise LawBroken(f"S12: the fence of {lease_id[:6]} is gone, and nobody ordered it")
         self._fences[node.node_id] = now
+
+    def _looked_at(self, node: Node, lease_id: str, fence: FenceView) -> None:
+        """L2: a fence is looked at by itself, and nobody waits for ever for the next look."""
+        bound_ms = PROBE_MS_MIN << min(fence.probes, 6)
+        if fence.next_probe_ms is not None and fence.next_probe_ms > bound_ms:
+            raise LawBroken(f"L2: {lease_id[:6]} is looked at in {fence.next_probe_ms} ms only")
 
     def at_the_end(self) -> None:
         """L1: everything came to rest. A7: each grant had one fate. Law 9: one chain each."""
@@ -89,6 +121,19 @@ class Laws:
                 )
         for node in self.nodes:
             self._fates(node)
+            self._seen_to(node)
+
+    def _seen_to(self, node: Node) -> None:
+        """After a minute without faults, each fence has been looked at in this boot, and where the
+        policy is on, nothing that is clean is fenced any more."""
+        assert node.core is not None
+        for view in node.core.leases(node.clock.instant()):
+            if view.fence is None:
+                continue
+            if view.fence.latest is None:
+                raise LawBroken(f"L2: nobody has looked at the fence of {view.lease_id[:6]}")
+            if node.policy and view.fence.latest.clean:
+                raise LawBroken(f"L2: {view.lease_id[:6]} is proved clean, and not cleared")
 
     def _fates(self, node: Node) -> None:
         """One bind, one proof. An order that comes again later, when all is forgotten, is answered

@@ -220,9 +220,11 @@ class Ledger:
                 grace_ms = self.world.dice.choice([0, 500, 3_000, 10_000])
                 self._do(c.End("op", lease.lease_id, EndCause.REVOKED, "op", "why", grace_ms))
             for lease in leases:
-                if lease.state is LeaseState.FENCED and self.world.dice.random() < 0.3:
+                haste = self.world.rates.operator
+                if lease.state is LeaseState.FENCED and self.world.dice.random() < haste:
                     nonce = f"{self.world.dice.getrandbits(128):032x}"
-                    self._do(c.ClearFence("op", lease.lease_id, "looked", False, "op", nonce))
+                    residue = self.world.dice.random() < 0.2
+                    self._do(c.ClearFence("op", lease.lease_id, "looked", residue, "op", nonce))
         self.world.after(1_000, self._operate)
 
     def _new_key(self) -> None:

@@ -42,7 +42,7 @@ from grafos_core.node_effects import (
     WardenHold,
     WardenRaise,
 )
-from grafos_core.receipt import ClearOrder, Outcome
+from grafos_core.receipt import Cleared, ClearOrder, Outcome
 from grafos_core.recollection import Recollection
 from grafos_core.surface_state import SurfaceState
 from grafos_core.teardown import Step
@@ -131,6 +131,8 @@ class Node:
         self._heard_at_ms = -REGISTRATION_TTL_MS
         self._journal: dict[str, Mapping[str, Any]] = {}
         self._hanging: set[tuple[LeaseId, Step]] = set()
+        self.policy = world.rates.policy
+        """It was told to clear what it proves clean."""
         self.acked_number = 0
         ledger.nodes[self.node_id] = self
         world.after(world.dice.randint(0, 500), self._start)
@@ -159,7 +161,10 @@ class Node:
             self.node_id, self.incarnation, self.disk.boot_epoch, self.disk.head, self.disk.number
         )
         now = self.clock.instant()
-        self.core = NodeCore(self.node_id, self.incarnation, CAPACITY, recovered, now)
+        self.core = NodeCore(
+            self.node_id, self.incarnation, CAPACITY, recovered, now,
+            clears_proved_clean=self.policy,
+        )  # fmt: skip
         self.up, self._sent_live = True, False
         journal, self._journal = self._journal, {}
         self.world.tell(self.node_id, "boot", self.disk.boot_epoch)
@@ -258,7 +263,19 @@ class Node:
             self.world.after(dice.randint(100, 12_000), self.world.heal, self.node_id, "ledger")
         if self.world.chance(rates.wall_step):
             self.clock.step_wall(dice.choice([-3_600_000, -2_000, 2_000, 3_600_000]))
+        self._stir()
         self.world.after(dice.randint(500, 6_000), self._suffer)
+
+    def _stir(self) -> None:
+        """A device that failed once may do so again: what a fenced slice held turns up anew."""
+        for view in self.core.leases(self.clock.instant()) if self.core is not None else ():
+            slice_ = self.slices.get((view.lease_id, view.epoch))
+            if view.fence is None or slice_ is None:
+                continue
+            if self.world.chance(self.world.rates.stir):
+                self.world.tell(self.node_id, "stirs", view.lease_id[:6])
+                self.world.count("stirs")
+                slice_.erased = slice_.measured = False
 
     def _new_warden(self) -> None:
         if self.core is not None and self.warden is None:
@@ -289,6 +306,7 @@ class Node:
                 self.node_id, self.incarnation, self.disk.boot_epoch, CAPACITY,
                 self.core.high_waters(), frozenset(kinds), {}, self.node_id, self.node_id, {},
                 c.PublishedKey(f"key-{self.node_id}", self.node_id, "receipt", bytes(32)), live,
+                self.policy,
             )  # fmt: skip
             self.world.send(self.node_id, "ledger", self._ask, ask, self.boot, self.world.now_ms)
         self.world.after(1_000, self._register)
@@ -683,6 +701,8 @@ class Node:
 
     def _send_receipt(self, effect: SendReceipt) -> None:
         facts = effect.receipt
+        if facts.cleared is Cleared.RESIDUE:
+            self.slices.pop((facts.lease_id, facts.epoch), None)  # a person answers for it
         receipt = facts.receipt(
             self.node_id, self.incarnation, self.disk.boot_epoch, self.disk.number,
             self.disk.head.hex(),

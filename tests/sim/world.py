@@ -49,6 +49,12 @@ class Rates:
     hang_up: float
     revoke: float
     hostile: float
+    stir: float
+    """How often a device undoes what it had done to a fenced slice."""
+    policy: bool
+    """Nodes clear what they prove clean."""
+    operator: float
+    """How soon a person clears a fence."""
 
     @staticmethod
     def draw(dice: random.Random) -> Rates:
@@ -60,7 +66,8 @@ class Rates:
             agent_crash=rate(0.3), warden_crash=rate(0.2), front_crash=rate(0.3),
             ledger_crash=rate(0.3), cut=rate(0.4), wall_step=rate(0.2), step_failure=rate(0.15),
             slow_operation=rate(0.1), holder_stall=rate(0.1), holder_exit=rate(0.1),
-            hang_up=rate(0.1), revoke=rate(0.2), hostile=rate(0.3),
+            hang_up=rate(0.1), revoke=rate(0.2), hostile=rate(0.3), stir=rate(0.5),
+            policy=dice.random() < 0.5, operator=dice.choice([0.0, 0.05, 0.3]),
         )  # fmt: skip
 
 

@@ -185,6 +185,7 @@ class Lease(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     GRACE_MS_FIELD_NUMBER: _builtins.int
     KEY_IDS_FIELD_NUMBER: _builtins.int
+    CLEARED_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     """32 hexadecimal digits"""
     tenant: _builtins.str
@@ -229,6 +230,8 @@ class Lease(_message.Message):
     request_id: _builtins.str
     grace_ms: _builtins.int
     """of a revocation, from its latest order on"""
+    cleared: _builtins.str
+    """of a cleared fence: "operator", "policy" or "residue" """
     @_builtins.property
     def policy(self) -> Global___Policy: ...
     @_builtins.property
@@ -268,10 +271,11 @@ class Lease(_message.Message):
         request_id: _builtins.str = ...,
         grace_ms: _builtins.int = ...,
         key_ids: _abc.Iterable[_builtins.str] | None = ...,
+        cleared: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "bind_by_ms", b"bind_by_ms", "cause", b"cause", "end_ms", b"end_ms", "epoch", b"epoch", "extent_offset", b"extent_offset", "fence_cause", b"fence_cause", "fence_evidence", b"fence_evidence", "fenced_at_ms", b"fenced_at_ms", "generation", b"generation", "grace_ms", b"grace_ms", "granted_at_ms", b"granted_at_ms", "holder", b"holder", "holder_key", b"holder_key", "incarnation", b"incarnation", "key_ids", b"key_ids", "kind", b"kind", "lease_id", b"lease_id", "lifetime_end_ms", b"lifetime_end_ms", "node_id", b"node_id", "policy", b"policy", "reason", b"reason", "request_id", b"request_id", "stage", b"stage", "state", b"state", "tenant", b"tenant", "ttl_ms", b"ttl_ms", "unconfirmed", b"unconfirmed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "bind_by_ms", b"bind_by_ms", "cause", b"cause", "cleared", b"cleared", "end_ms", b"end_ms", "epoch", b"epoch", "extent_offset", b"extent_offset", "fence_cause", b"fence_cause", "fence_evidence", b"fence_evidence", "fenced_at_ms", b"fenced_at_ms", "generation", b"generation", "grace_ms", b"grace_ms", "granted_at_ms", b"granted_at_ms", "holder", b"holder", "holder_key", b"holder_key", "incarnation", b"incarnation", "key_ids", b"key_ids", "kind", b"kind", "lease_id", b"lease_id", "lifetime_end_ms", b"lifetime_end_ms", "node_id", b"node_id", "policy", b"policy", "reason", b"reason", "request_id", b"request_id", "stage", b"stage", "state", b"state", "tenant", b"tenant", "ttl_ms", b"ttl_ms", "unconfirmed", b"unconfirmed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -409,6 +413,7 @@ class Node(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     LEASE_COUNT_FIELD_NUMBER: _builtins.int
     REGISTERED_UNTIL_MS_FIELD_NUMBER: _builtins.int
+    CLEARS_PROVED_CLEAN_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     incarnation: _builtins.str
     boot_epoch: _builtins.int
@@ -424,6 +429,8 @@ class Node(_message.Message):
     """for services and operators"""
     lease_count: _builtins.int
     registered_until_ms: _builtins.int
+    clears_proved_clean: _builtins.bool
+    """it clears by itself the fences that it proves clean"""
     @_builtins.property
     def readiness(self) -> Global___Readiness: ...
     @_builtins.property
@@ -446,10 +453,11 @@ class Node(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         lease_count: _builtins.int = ...,
         registered_until_ms: _builtins.int = ...,
+        clears_proved_clean: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["readiness", b"readiness"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["books", b"books", "boot_epoch", b"boot_epoch", "control_endpoint", b"control_endpoint", "evidence_age_ms", b"evidence_age_ms", "front_endpoint", b"front_endpoint", "incarnation", b"incarnation", "labels", b"labels", "lease_count", b"lease_count", "lost", b"lost", "mode", b"mode", "node_id", b"node_id", "readiness", b"readiness", "registered_until_ms", b"registered_until_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["books", b"books", "boot_epoch", b"boot_epoch", "clears_proved_clean", b"clears_proved_clean", "control_endpoint", b"control_endpoint", "evidence_age_ms", b"evidence_age_ms", "front_endpoint", b"front_endpoint", "incarnation", b"incarnation", "labels", b"labels", "lease_count", b"lease_count", "lost", b"lost", "mode", b"mode", "node_id", b"node_id", "readiness", b"readiness", "registered_until_ms", b"registered_until_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

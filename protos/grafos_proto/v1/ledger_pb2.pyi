@@ -797,6 +797,7 @@ class RegisterRequest(_message.Message):
     AUDIT_HEAD_FIELD_NUMBER: _builtins.int
     AUDIT_NUMBER_FIELD_NUMBER: _builtins.int
     HAS_LIVE_FIELD_NUMBER: _builtins.int
+    CLEARS_PROVED_CLEAN_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     incarnation: _builtins.str
     boot_epoch: _builtins.int
@@ -807,6 +808,8 @@ class RegisterRequest(_message.Message):
     """32 bytes"""
     audit_number: _builtins.int
     has_live: _builtins.bool
+    clears_proved_clean: _builtins.bool
+    """the node was told to clear the fences it proves clean"""
     @_builtins.property
     def version(self) -> _lease_pb2.Version: ...
     @_builtins.property
@@ -842,10 +845,11 @@ class RegisterRequest(_message.Message):
         audit_head: _builtins.bytes = ...,
         audit_number: _builtins.int = ...,
         has_live: _builtins.bool = ...,
+        clears_proved_clean: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["readiness", b"readiness", "receipt_key", b"receipt_key", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "audit_number", b"audit_number", "boot_epoch", b"boot_epoch", "control_endpoint", b"control_endpoint", "front_endpoint", b"front_endpoint", "has_live", b"has_live", "high_waters", b"high_waters", "incarnation", b"incarnation", "labels", b"labels", "live", b"live", "node_id", b"node_id", "offers", b"offers", "readiness", b"readiness", "receipt_key", b"receipt_key", "revocation_number", b"revocation_number", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_head", b"audit_head", "audit_number", b"audit_number", "boot_epoch", b"boot_epoch", "clears_proved_clean", b"clears_proved_clean", "control_endpoint", b"control_endpoint", "front_endpoint", b"front_endpoint", "has_live", b"has_live", "high_waters", b"high_waters", "incarnation", b"incarnation", "labels", b"labels", "live", b"live", "node_id", b"node_id", "offers", b"offers", "readiness", b"readiness", "receipt_key", b"receipt_key", "revocation_number", b"revocation_number", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

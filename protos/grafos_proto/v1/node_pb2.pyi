@@ -598,16 +598,118 @@ Global___ProbeResponse: _TypeAlias = ProbeResponse  # noqa: Y015
 class ListNodeLeasesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    """only this one; empty: all"""
     def __init__(
         self,
+        *,
+        lease_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_id", b"lease_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListNodeLeasesRequest: _TypeAlias = ListNodeLeasesRequest  # noqa: Y015
+
+@_typing.final
+class Finding(_message.Message):
+    """What one look at a fenced slice showed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EvidenceEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    AT_MS_FIELD_NUMBER: _builtins.int
+    CLEAN_FIELD_NUMBER: _builtins.int
+    ASKED_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    at_ms: _builtins.int
+    """wall clock of the node"""
+    clean: _builtins.bool
+    asked: _builtins.bool
+    """an operator wanted to know; else the node looked by itself"""
+    number: _builtins.int
+    """how many looks there had been by then"""
+    @_builtins.property
+    def evidence(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        at_ms: _builtins.int = ...,
+        clean: _builtins.bool = ...,
+        asked: _builtins.bool = ...,
+        evidence: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "at_ms", b"at_ms", "clean", b"clean", "evidence", b"evidence", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Finding: _TypeAlias = Finding  # noqa: Y015
+
+@_typing.final
+class Fence(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SINCE_MS_FIELD_NUMBER: _builtins.int
+    PROBES_FIELD_NUMBER: _builtins.int
+    FINDINGS_FIELD_NUMBER: _builtins.int
+    LATEST_FIELD_NUMBER: _builtins.int
+    NEXT_PROBE_MS_FIELD_NUMBER: _builtins.int
+    since_ms: _builtins.int
+    """wall clock of the node"""
+    probes: _builtins.int
+    """looks so far"""
+    next_probe_ms: _builtins.int
+    """from now; 0: one is under way, or waits its turn"""
+    @_builtins.property
+    def findings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Finding]:
+        """those in the node's chain, the last few, the newest last"""
+
+    @_builtins.property
+    def latest(self) -> Global___Finding:
+        """the newest, though it may say nothing new"""
+
+    def __init__(
+        self,
+        *,
+        since_ms: _builtins.int = ...,
+        probes: _builtins.int = ...,
+        findings: _abc.Iterable[Global___Finding] | None = ...,
+        latest: Global___Finding | None = ...,
+        next_probe_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latest", b"latest"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["findings", b"findings", "latest", b"latest", "next_probe_ms", b"next_probe_ms", "probes", b"probes", "since_ms", b"since_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fence: _TypeAlias = Fence  # noqa: Y015
 
 @_typing.final
 class NodeLease(_message.Message):
@@ -645,6 +747,7 @@ class NodeLease(_message.Message):
     EXPORTED_FIELD_NUMBER: _builtins.int
     EVIDENCE_FIELD_NUMBER: _builtins.int
     REVOKE_STAGE_FIELD_NUMBER: _builtins.int
+    FENCE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     kind: _lease_pb2.Kind.ValueType
     epoch: _builtins.int
@@ -661,6 +764,10 @@ class NodeLease(_message.Message):
     """one of the nine labels"""
     @_builtins.property
     def evidence(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def fence(self) -> Global___Fence:
+        """while it is fenced"""
+
     def __init__(
         self,
         *,
@@ -676,10 +783,11 @@ class NodeLease(_message.Message):
         exported: _builtins.bool = ...,
         evidence: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         revoke_stage: _builtins.str = ...,
+        fence: Global___Fence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fence", b"fence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "epoch", b"epoch", "evidence", b"evidence", "exported", b"exported", "extent_offset", b"extent_offset", "fence_cause", b"fence_cause", "generation", b"generation", "kind", b"kind", "lease_id", b"lease_id", "remaining_ms", b"remaining_ms", "revoke_stage", b"revoke_stage", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "epoch", b"epoch", "evidence", b"evidence", "exported", b"exported", "extent_offset", b"extent_offset", "fence", b"fence", "fence_cause", b"fence_cause", "generation", b"generation", "kind", b"kind", "lease_id", b"lease_id", "remaining_ms", b"remaining_ms", "revoke_stage", b"revoke_stage", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -127,6 +127,7 @@ def lease_to_proto(lease: Lease) -> lease_pb2.Lease:
         request_id=lease.request_id,
         grace_ms=lease.grace_ms,
         key_ids=lease.key_ids,
+        cleared=lease.cleared,
     )
 
 
@@ -157,6 +158,7 @@ def lease_from_proto(message: lease_pb2.Lease) -> Lease:
         unconfirmed=message.unconfirmed,
         grace_ms=message.grace_ms,
         key_ids=tuple(message.key_ids),
+        cleared=message.cleared,
         fence_cause=message.fence_cause,
         fence_evidence=dict(message.fence_evidence),
         fenced_at_ms=message.fenced_at_ms or None,

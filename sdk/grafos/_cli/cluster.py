@@ -33,6 +33,10 @@ def register(tree: Tree) -> None:
     up.add_argument(
         "--fault", action="append", default=[], metavar="PROCESS=FAULTS", help=fault_help
     )
+    up.add_argument(
+        "--clear-proved-clean", action="store_true",
+        help="let nodes free fenced slices that a probe has proved clean",
+    )  # fmt: skip
     up.add_argument("--foreground", action="store_true", help="stay, and stop with Ctrl-C")
     up.add_argument("--wait", type=int, default=30, metavar="S", help="for it to be ready [30]")
     down = tree.verb("down", "stop the fabric of this machine; its state stays", _down)
@@ -98,6 +102,7 @@ def _wanted(given: argparse.Namespace) -> Any:
         port_base=settings.value(given, "port_base"),
         join_listen=settings.value(given, "join_listen"),
         faults=faults,
+        clear_proved_clean=given.clear_proved_clean,
     )
 
 
@@ -171,12 +176,13 @@ def _supervisor_row(status: dict[str, Any]) -> dict[str, Any]:
         "name": "supervisor", "pid": own["pid"], "ready": status["ready"], "restarts": 0,
         "uptime_ms": own["uptime_ms"], "state": "running", "children": [], "closed_gates": {},
         "endpoints": {"listen": f"unix:{status['run_dir']}/supervisor.sock"}, "ready_kinds": [],
+        "policies": [],
     }  # fmt: skip
 
 
 def _readiness(row: output.Row) -> str:
     if row["ready"]:
-        return "ready"
+        return ", ".join(["ready", *row["policies"]])
     closed = row["closed_gates"]
     return "waits: " + "; ".join(f"{gate} ({why})" for gate, why in closed.items()) or "no"
 

@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--exit-with-parent-fd", type=int)
     parser.add_argument("--ready-fd", type=int)
     parser.add_argument("--ephemeral", action="store_true")
+    parser.add_argument("--clear-proved-clean", action="store_true")
     given = parser.parse_args(arguments)
     try:
         return Supervisor(
@@ -56,6 +57,7 @@ def _plan(given: argparse.Namespace) -> Plan:
         faults=dict(each.split("=", 1) for each in given.fault),
         modules={**MODULES, **dict(each.split("=", 1) for each in given.module)},
         join_listen=given.join_listen,
+        clear_proved_clean=given.clear_proved_clean,
     )
 
 

@@ -48,6 +48,7 @@ class Wanted:
     join_listen: str = ""
     faults: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, str] = field(default_factory=dict)
+    clear_proved_clean: bool = False
     ephemeral: bool = False
 
     def flags(self) -> list[str]:
@@ -57,6 +58,7 @@ class Wanted:
             "--port-base", str(self.port_base), "--join-listen", self.join_listen,
         ]  # fmt: skip
         made += ["--tcp"] if self.tcp else []
+        made += ["--clear-proved-clean"] if self.clear_proved_clean else []
         made += ["--ephemeral"] if self.ephemeral else []
         for flag, pairs in (("--fault", self.faults), ("--module", self.modules)):
             for name, value in pairs.items():

@@ -53,6 +53,8 @@ class Plan:
     modules: Mapping[str, str] = field(default_factory=lambda: MODULES)
     join_listen: str = ""
     """Where other machines may ask to join, `host:port`; empty: nowhere."""
+    clear_proved_clean: bool = False
+    """Nodes free fenced slices that a probe has proved clean."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.nodes <= NODES_MAX:
@@ -105,7 +107,7 @@ def programs(plan: Plan, layout: Layout) -> list[Program]:
         own = (
             "--node-id", node_id, "--memory-bytes", str(plan.memory_bytes),
             "--block-bytes", str(plan.block_bytes),
-        )  # fmt: skip
+        ) + (("--clear-proved-clean",) if plan.clear_proved_clean else ())  # fmt: skip
         endpoints = {"listen": where[f"{name}-front"], "control": where[f"{name}-control"]}
         made.append(_program(plan, name, endpoints, common + ledger + audit + own, node_id))
     return made

@@ -29,9 +29,14 @@ class Readiness:
     """Closed gates, each with its reason."""
     kinds: tuple[str, ...] = ()
     """Kinds that are ready to be leased."""
+    policies: tuple[str, ...] = ()
+    """What it was told to do that others of its kind do not, in words."""
 
     def shown(self) -> dict[str, Any]:
-        return {"ready": self.ready, "closed_gates": self.gates, "ready_kinds": list(self.kinds)}
+        return {
+            "ready": self.ready, "closed_gates": self.gates, "ready_kinds": list(self.kinds),
+            "policies": list(self.policies),
+        }  # fmt: skip
 
 
 STARTING: Final = Readiness(False, {"process": "starting"})
@@ -72,7 +77,8 @@ def parse(answer: bytes) -> Readiness:
                 closed[f"{kind}/{name}"] = str(gate.get("why", ""))
     ready_kinds = tuple(sorted(kind for kind, state in kinds.items() if state.get("ready")))
     is_ready = head.split(b" ", 2)[1:2] == [b"200"] and len(ready_kinds) == len(kinds)
-    return Readiness(is_ready, closed, ready_kinds)
+    policies = tuple(str(each) for each in report.get("policies", ()))
+    return Readiness(is_ready, closed, ready_kinds, policies)
 
 
 class Watch:

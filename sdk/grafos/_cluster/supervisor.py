@@ -349,7 +349,7 @@ class Supervisor:
             return {
                 "name": program.name, "state": "restarting", "pid": None, "start": None,
                 "ready": False, "closed_gates": {"process": "not running"}, "ready_kinds": [],
-                "endpoints": endpoints, "restarts": slot.restarts, "uptime_ms": 0,
+                "policies": [], "endpoints": endpoints, "restarts": slot.restarts, "uptime_ms": 0,
                 "last_status": slot.last_status, "children": [],
             }  # fmt: skip
         if child.http:

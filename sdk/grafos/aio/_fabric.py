@@ -167,10 +167,12 @@ def local_fabric(
     block_bytes: int = _local.BLOCK_BYTES_DEFAULT,
     faults: Mapping[str, str] | None = None,
     tcp: bool = False,
+    clear_proved_clean: bool = False,
 ) -> Opening[LocalFabric]:
     made = _local.local_fabric(
-        nodes, memory_bytes=memory_bytes, block_bytes=block_bytes, faults=faults, tcp=tcp
-    )
+        nodes, memory_bytes=memory_bytes, block_bytes=block_bytes, faults=faults, tcp=tcp,
+        clear_proved_clean=clear_proved_clean,
+    )  # fmt: skip
 
     async def opened() -> LocalFabric:
         return LocalFabric(await _lanes.ask(made.start, lambda started: started.close()))

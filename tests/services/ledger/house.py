@@ -173,6 +173,7 @@ class Node:
         self.high_waters: dict[Kind, int] = {}
         self.live: list[Any] | None = []
         self.version, self.control_endpoint = 1, ""
+        self.clears_proved_clean = False
 
     def request(self) -> ledger_pb2.RegisterRequest:
         return ledger_pb2.RegisterRequest(
@@ -195,6 +196,7 @@ class Node:
                 public_key=self.public_key,
             ),
             has_live=self.live is not None, live=self.live or [],
+            clears_proved_clean=self.clears_proved_clean,
         )  # fmt: skip
 
     def register(self) -> ledger_pb2.RegisterResponse:

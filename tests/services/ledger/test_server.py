@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from grafos_core import jws
 from grafos_core.failure import FabricError
 from grafos_core.lease import Kind
-from grafos_core.receipt import Assurance, Outcome, verify_clear
+from grafos_core.receipt import Assurance, Cleared, Outcome, verify_clear
 from grafos_proto.v1 import admission_pb2, lease_pb2, ledger_pb2
 from services.runtime import signing
 from tests.services.ledger.house import Caller, House, Node, ServiceProcess, code, codes, grant
@@ -162,7 +162,7 @@ def test_a_fence_is_left_only_by_an_order_that_the_node_carried_out(
     admission: Caller, operator: Caller, node: Node
 ) -> None:
     lease = fenced(admission, node)
-    cleared = node.receipt(lease, outcome=Outcome.CLEARED)
+    cleared = node.receipt(lease, outcome=Outcome.CLEARED, cleared=Cleared.OPERATOR)
     assert codes(node.credit(cleared)) == ["RECEIPT"]  # nobody has ordered it
     assert codes(operator.commit(clear(lease))) == [""]
     answer = node.register()
@@ -176,6 +176,39 @@ def test_a_fence_is_left_only_by_an_order_that_the_node_carried_out(
     assert "alice" in order.reason
     assert codes(node.credit(cleared)) == [""]
     assert book(admission).free == book(admission).total
+
+
+def test_a_node_clears_by_itself_only_where_it_is_registered_to(
+    admission: Caller, operator: Caller, node: Node
+) -> None:
+    lease = fenced(admission, node)
+    cleared = node.receipt(lease, outcome=Outcome.CLEARED, cleared=Cleared.POLICY)
+    assert codes(node.credit(cleared)) == ["RECEIPT"]
+    node.clears_proved_clean = True
+    node.register()
+    (released,) = node.credit(cleared)
+    assert (released.state, released.cleared) == (lease_pb2.LEASE_STATE_RELEASED, "policy")
+    assert book(admission).free == book(admission).total
+    snapshot = operator("Snapshot", ledger_pb2.SnapshotRequest())
+    assert [each.clears_proved_clean for each in snapshot.nodes] == [True]
+
+
+def test_residue_counts_only_where_an_operator_accepted_it(
+    admission: Caller, operator: Caller, node: Node
+) -> None:
+    lease = fenced(admission, node)
+    left = node.receipt(
+        lease, outcome=Outcome.CLEARED, cleared=Cleared.RESIDUE, assurance=Assurance.NONE
+    )
+    assert codes(operator.commit(clear(lease))) == [""]
+    assert codes(node.credit(left)) == ["RECEIPT"]
+    accepting = clear(lease)
+    accepting.clear.accept_residue = True
+    assert codes(operator.commit(accepting, clear(lease))) == ["", ""]
+    (released,) = node.credit(left)
+    assert released.cleared == "residue"
+    listed = operator("List", admission_pb2.ListLeasesRequest(state=lease_pb2.LEASE_STATE_RELEASED))
+    assert [each.cleared for each in listed.leases] == ["residue"]
 
 
 def test_a_clear_that_fits_no_fence_is_refused(

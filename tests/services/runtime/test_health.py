@@ -82,6 +82,7 @@ def test_readiness_shows_each_gate_and_why(http: HttpListener, readiness: Readin
     readiness.open("serving")
     readiness.close("ledger", "unreachable")
     readiness.open("device", kind="mem")
+    readiness.policies.append("does more")
     status, body = get(http, "/api/v1/readiness")
     assert status == 503
     assert json.loads(body) == {
@@ -93,6 +94,7 @@ def test_readiness_shows_each_gate_and_why(http: HttpListener, readiness: Readin
                 "ready": False, "gates": {"device": {"open": False, "why": "starting"}},
             },
         },
+        "policies": ["does more"],
     }  # fmt: skip
     readiness.open("ledger")
     assert get(http, "/api/v1/readiness")[0] == 200
