@@ -41,6 +41,7 @@ from grafos_core.failure import (
 if TYPE_CHECKING:
     from grafos._connection import Fabric, connect
     from grafos._local import local_fabric
+    from grafos._share import Share, SharedLease, ShareView, open_share
 
 __all__ = [
     "BlockBuilder",
@@ -66,15 +67,23 @@ __all__ = [
     "RateLimited",
     "Revocation",
     "Revoked",
+    "Share",
+    "ShareView",
+    "SharedLease",
     "TeardownReceipt",
     "connect",
     "local_fabric",
+    "open_share",
 ]
 
 _ON_DEMAND = {
     "Fabric": "grafos._connection",
     "connect": "grafos._connection",
     "local_fabric": "grafos._local",
+    "Share": "grafos._share",
+    "ShareView": "grafos._share",
+    "SharedLease": "grafos._share",
+    "open_share": "grafos._share",
 }
 """Names whose modules load gRPC or start processes."""
 

@@ -23,6 +23,8 @@ from grafos_core.failure import FabricError
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+    from grafos._share import SharedLease
+
 BLOCK_BYTES: Final = 4096
 
 
@@ -46,7 +48,7 @@ class FabricBlock:
     __slots__ = ("_lease",)
     block_size = BLOCK_BYTES
 
-    def __init__(self, lease: BlockLease) -> None:
+    def __init__(self, lease: BlockLease | SharedLease) -> None:
         self._lease = lease
 
     @property
@@ -78,7 +80,7 @@ class FabricBlock:
         self._check_range(index, count)
         try:
             data = lease._grip.node.read(
-                lease.lease_id, lease.epoch, offset=index * BLOCK_BYTES,
+                lease._target, lease.epoch, offset=index * BLOCK_BYTES,
                 length=count * BLOCK_BYTES, timeout_ms=lease._operation_ms(),
             )  # fmt: skip
         except FabricError as refused:
@@ -107,7 +109,7 @@ class FabricBlock:
         self._check_range(index, len(data) // BLOCK_BYTES)
         try:
             lease._grip.node.write(
-                lease.lease_id, lease.epoch, offset=index * BLOCK_BYTES, data=data,
+                lease._target, lease.epoch, offset=index * BLOCK_BYTES, data=data,
                 timeout_ms=lease._operation_ms(), flush=flush,
             )  # fmt: skip
         except FabricError as refused:

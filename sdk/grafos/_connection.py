@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from grafos._builder import Request
+    from grafos._share import SharedLease
+    from grafos_core.share import Chain
 
 ANSWER_MS_MAX: Final = 10_000
 """For a decision of admission, besides the waiting that was asked for."""
@@ -90,6 +92,11 @@ class Fabric:
     def identity(self) -> str:
         """The SPIFFE id under which this process holds leases."""
         return str(self._me)
+
+    @property
+    def holder_key(self) -> str:
+        """The thumbprint of this process's key: what others name who share something with it."""
+        return self._provider().thumbprint
 
     @property
     def tenant(self) -> str:
@@ -353,6 +360,7 @@ class Fabric:
                 now_ms=_clock.boot_ms(),
             )
             taken = made(self, grip, granted, bound, holder)
+            taken._token = answer.token
             taken._take_memory(None)
             before = self._leases.get(grip.lease_id)
             self._leases[grip.lease_id] = taken
@@ -367,6 +375,14 @@ class Fabric:
         if request.auto_renew:
             self._pulse.renew(taken)
         return taken
+
+    def _open_share(self, chain: Chain, endpoint: str) -> SharedLease:
+        from grafos._share import SharedLease
+
+        self._before_call()
+        node = self._node(chain.root.node_id, endpoint)
+        opened, sent_ms = node.open_share(chain.text)
+        return SharedLease(self, node, chain, opened, sent_ms)
 
     def _unbound(self, grip: Grip) -> None:
         """A grant that was not bound: give it back now if that is quick, else at the next call."""

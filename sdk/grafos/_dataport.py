@@ -94,6 +94,8 @@ class DataPort:
         self._connect, self._session, self._tell = connect, session, tell
         self._lock = threading.Lock()
         self._line: Line | None = None
+        self._chains: dict[str, bytes] = {}
+        """Of shares, by what the node calls them: what they are opened with."""
         self._down_ms, self._down_until_ms = 0, 0
         self._closed = False
 
@@ -197,6 +199,14 @@ class DataPort:
     def add(self, lease_id: str, epoch: int, *, offset: int, n: int, timeout_ms: float) -> int:
         payload = frames.WORD.pack(n)
         return self._change(lease_id, epoch, frames.ADD, offset, payload, timeout_ms)
+
+    def add_share(self, target: str, chain: str) -> None:
+        """From now on `target` is asked for like a lease."""
+        self._chains[target] = chain.encode("ascii")
+
+    def leave_share(self, target: str) -> None:
+        if self._chains.pop(target, None) is not None:
+            self.close_lease(target)
 
     def close_lease(self, lease_id: str) -> None:
         """Its handle is closed together with the next request."""
@@ -310,7 +320,7 @@ class DataPort:
             line = self._opened(end_ms)
         handle = line.handles.get(lease_id)
         if handle is None:
-            opened = line.open(lease_id, epoch, end_ms)
+            opened = line.open(lease_id, epoch, end_ms, self._chains.get(lease_id))
             if isinstance(opened, FabricError):
                 return opened
             handle = opened
@@ -380,13 +390,18 @@ class Line:
             raise failure.of("VERSION", "data port")
         self.leave_ms = _clock.boot_ms() + age_ms * AGE_PART
 
-    def open(self, lease_id: str, epoch: int, end_ms: float) -> int | FabricError:
-        """The handle of a lease from now on."""
+    def open(
+        self, lease_id: str, epoch: int, end_ms: float, chain: bytes | None = None
+    ) -> int | FabricError:
+        """The handle of a lease, or of the share that a chain ends with, from now on."""
         if len(self.handles) >= frames.HANDLES_MAX:
             self.leave(next(iter(self.handles)))
         self._close_left(end_ms)
         handle = self._free.pop() if self._free else self._next_handle
-        answer = self.ask(frames.OPEN, handle, epoch, 0, bytes.fromhex(lease_id), end_ms)
+        if chain is not None:
+            answer = self.ask(frames.SHARE, handle, 0, 0, chain, end_ms)
+        else:
+            answer = self.ask(frames.OPEN, handle, epoch, 0, bytes.fromhex(lease_id), end_ms)
         if isinstance(answer, FabricError):
             if handle != self._next_handle:
                 self._free.append(handle)

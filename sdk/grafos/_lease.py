@@ -21,7 +21,7 @@ import enum
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, Self
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from grafos._connection import Fabric
     from grafos._node import NodeLine
+    from grafos._share import Giver, Share, ShareView
     from grafos_core.holder import HolderLease
 
 LOOK_NS: Final = 10 * NS_PER_MS
@@ -101,7 +102,7 @@ class Lease:
     __slots__ = (
         "__weakref__", "_callbacks", "_check_ns", "_end", "_expiry_ms", "_fabric", "_generation",
         "_grip", "_holder", "_lifetime_end_ms", "_line", "_lock", "_receipt", "_size_bytes",
-        "_told_lost", "_ttl_ms", "_until_ns",
+        "_target", "_token", "_told_lost", "_ttl_ms", "_until_ns",
     )  # fmt: skip
     kind: ClassVar[str] = ""
     _check_ns: int
@@ -128,6 +129,10 @@ class Lease:
         self._end: FabricError | None = None
         self._receipt: TeardownReceipt | FabricError | None = None
         self._told_lost = False
+        self._target = grip.lease_id
+        """What the node is asked for by: a lease by its id, a share by what the node calls it."""
+        self._token = ""
+        """The one that the node took last: what is shared follows from it."""
         self._until_ns = holder.usable_until_ms * NS_PER_MS
         self._check_ns = 0
         LIVE[grip.lease_id] = self
@@ -231,7 +236,7 @@ class Lease:
             except Fenced as fenced:
                 self._finish(failure.of("REVOKED", "its holder reported"))
                 self._receipt = fenced
-                raise _again(fenced, self._grip) from None
+                raise again(fenced, self._grip) from None
             except FabricError as refused:
                 raise self._failed_operation(refused) from None
             self._finish(failure.of("REVOKED", "its holder reported"))
@@ -252,7 +257,7 @@ class Lease:
         with self._line:
             known = self._receipt
             if isinstance(known, FabricError):
-                raise _again(known, self._grip)
+                raise again(known, self._grip)
             if known is not None and known.credited:
                 return known
             if self._grip.taken_over:
@@ -264,7 +269,7 @@ class Lease:
                 receipt = self._fabric._give_back(self._grip)
             except Fenced as fenced:
                 self._receipt = fenced
-                raise _again(fenced, self._grip) from None
+                raise again(fenced, self._grip) from None
             except BaseException:
                 if known is None:
                     self._fabric._abandon(self._grip)
@@ -288,9 +293,39 @@ class Lease:
                 raise self._failed_operation(refused) from None
             self._grip.keep = self._grip.detached = True
 
-    def share(self, *_: Any, **__: Any) -> NoReturn:
-        """Not there yet."""
-        raise not_there_yet("share")
+    def share(
+        self,
+        *,
+        to: str,
+        ops: Iterable[str] | None = None,
+        offset: int = 0,
+        length: int | None = None,
+        ttl: float | timedelta | None = None,
+    ) -> Share:
+        """Let somebody else use a part of it. Asks nobody; the other opens it by its text.
+
+        Args:
+            to: the other holder: his `fabric.holder_key`, or his SPIFFE id. Who is named by an id
+                cannot pass it on.
+            ops: some of "read" and "write"; by default both.
+            offset: in bytes, from where on; for memory a multiple of 8, for blocks of 4096.
+            length: in bytes; by default all that follows.
+            ttl: for how long, in seconds; by default, and at the most, as long as the lease is
+                granted now. Renewing the lease does not lengthen it.
+
+        Raises:
+            Incompatible: code RANGE; more bytes, or a longer time, than the lease has.
+        """
+        self._look()
+        return self._giver().give(to, ops, offset, length, ttl)
+
+    def shares(self) -> list[ShareView]:
+        """What was shared of it and has been opened at the node: parents before children."""
+        self._look()
+        try:
+            return self._giver().tree()
+        except FabricError as refused:
+            raise self._failed_operation(refused) from None
 
     def __enter__(self) -> Self:
         return self
@@ -352,6 +387,12 @@ class Lease:
 
     # What operations and the connection use. Not for users.
 
+    def _giver(self) -> Giver:
+        from grafos._share import Giver  # loads what most programs do without
+        from grafos_core.share import read_root
+
+        return Giver(self._fabric, self._grip.node, read_root(self._token), self.epoch)
+
     def _listen(self) -> None:
         """Hear notices that have arrived, without the callbacks that they are for."""
         if self._end is None and not self._fabric.is_forked:
@@ -366,7 +407,7 @@ class Lease:
             if self._end is None:
                 self._check_ns = min(self._until_ns, boot_ns() + LOOK_NS)
                 return
-        raise _again(self._end, self._grip)
+        raise again(self._end, self._grip)
 
     def _tick(self) -> None:
         """Let time pass for this lease: tell of jeopardy and of the end, each once."""
@@ -395,8 +436,8 @@ class Lease:
             self._ask_for_the_cause()
         end = self._end
         if end is None:
-            return _again(failure.of("TORN", "the memory was cut short"), self._grip)
-        return _again(end, self._grip)
+            return again(failure.of("TORN", "the memory was cut short"), self._grip)
+        return again(end, self._grip)
 
     def _ask_for_the_cause(self) -> None:
         try:
@@ -415,9 +456,9 @@ class Lease:
         end = end_of(refused)
         if end is None:
             self._tick()
-            return _again(self._end or refused, self._grip)
+            return again(self._end or refused, self._grip)
         self._finish(end, tell=_told_as(end))
-        return _again(end, self._grip)
+        return again(end, self._grip)
 
     def _operation_ms(self) -> int:
         """How long one operation over the wire may take: never past the lease's own end."""
@@ -442,7 +483,7 @@ class Lease:
             )  # fmt: skip
         if tell:
             self._fabric._queue_notice(
-                Notice(self.lease_id, tell, cause.code, 0, _again(cause, self._grip))
+                Notice(self.lease_id, tell, cause.code, 0, again(cause, self._grip))
             )
 
     def _take_memory(self, fd: int | None) -> None:
@@ -506,11 +547,12 @@ class Lease:
             raise self._failed_operation(refused) from None
         with self._lock:
             if self._end is not None:
-                raise _again(self._end, self._grip)
+                raise again(self._end, self._grip)
             self._holder.renewed(answer.remaining_ms, _clock.boot_ms())
             self._until_ns = self._holder.usable_until_ms * NS_PER_MS
             self._expiry_ms = max(self._expiry_ms, _clock.wall_ms() + answer.remaining_ms)
             self._generation, self._ttl_ms = answer.generation, granted.lease.ttl_ms
+            self._token = granted.token
         observe.FabricMetrics.global_().renewals_total.inc()
 
     def _renewal_sent(self) -> None:
@@ -527,20 +569,20 @@ class Lease:
     def _jeopardy_or(self, refused: FabricError) -> FabricError:
         """What `renew` raises: the cause of the end, a refusal, or that nobody answered."""
         if self._end is not None:
-            return _again(self._end, self._grip)
+            return again(self._end, self._grip)
         if refused.retryable:
-            return _again(failure.of("JEOPARDY", refused.code), self._grip)
-        return _again(refused, self._grip)
+            return again(failure.of("JEOPARDY", refused.code), self._grip)
+        return again(refused, self._grip)
 
     def _tell_jeopardy(self, why: str) -> None:
-        failing = _again(failure.of("JEOPARDY", why), self._grip)
+        failing = again(failure.of("JEOPARDY", why), self._grip)
         assert isinstance(failing, Degraded)
         observe.emit("lease.jeopardy", lease_id=self.lease_id, epoch=self.epoch, reason=why)
         self._fabric._queue_notice(Notice(self.lease_id, "degraded", why, 0, failing))
 
     def _check_not_forked(self) -> None:
         if self._fabric.is_forked:
-            raise _again(
+            raise again(
                 failure.of("FORKED_CHILD", "connect and acquire in the child itself"), self._grip
             )
 
@@ -575,7 +617,7 @@ def _told_as(end: FabricError) -> str:
     return _status_of(end).value
 
 
-def _again(cause: FabricError, grip: Grip) -> FabricError:
+def again(cause: FabricError, grip: Grip) -> FabricError:
     """The same failure as a new exception that names lease, epoch, code and what to do."""
     fields = cause.fields()
     fields["lease_id"] = fields["lease_id"] or grip.lease_id

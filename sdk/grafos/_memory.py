@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from grafos._dataport import DataPort
+    from grafos._share import SharedLease
 
 _pread, _pwrite, _lseek = os.pread, os.pwrite, os.lseek
 _END: Final = os.SEEK_END
@@ -80,7 +81,7 @@ class FabricMem:
 
     __slots__ = ("_lease",)
 
-    def __init__(self, lease: MemLease) -> None:
+    def __init__(self, lease: MemLease | SharedLease) -> None:
         self._lease = lease
 
     @property
@@ -194,7 +195,7 @@ class FabricMem:
         lease = self._lease
         return self._changed_far(
             lambda port: port.swap(
-                lease.lease_id, lease.epoch, offset=offset, expected=expected, new=new,
+                lease._target, lease.epoch, offset=offset, expected=expected, new=new,
                 timeout_ms=lease._operation_ms(),
             )
         )  # fmt: skip
@@ -211,7 +212,7 @@ class FabricMem:
         lease = self._lease
         return self._changed_far(
             lambda port: port.add(
-                lease.lease_id, lease.epoch, offset=offset, n=amount,
+                lease._target, lease.epoch, offset=offset, n=amount,
                 timeout_ms=lease._operation_ms(),
             )
         )  # fmt: skip
@@ -252,7 +253,7 @@ class FabricMem:
             raise self._outside(offset, length)
         try:
             data = lease._grip.node.read(
-                lease.lease_id, lease.epoch, offset=offset, length=length,
+                lease._target, lease.epoch, offset=offset, length=length,
                 timeout_ms=lease._operation_ms(),
             )  # fmt: skip
         except FabricError as refused:
@@ -309,7 +310,7 @@ class FabricMem:
                 raise self._outside(offset, length)
         try:
             found = lease._grip.node.need_port().read_many(
-                lease.lease_id, lease.epoch, parts, timeout_ms=lease._operation_ms()
+                lease._target, lease.epoch, parts, timeout_ms=lease._operation_ms()
             )
         except PortDown:
             return [self.read(*part) for part in parts]
@@ -330,7 +331,7 @@ class FabricMem:
                 raise self._outside(offset, len(data))
         try:
             lease._grip.node.need_port().write_many(
-                lease.lease_id, lease.epoch, parts, timeout_ms=lease._operation_ms()
+                lease._target, lease.epoch, parts, timeout_ms=lease._operation_ms()
             )
         except PortDown:
             for each in parts:
@@ -347,7 +348,7 @@ class FabricMem:
             raise self._outside(offset, len(view))
         try:
             lease._grip.node.read_into(
-                lease.lease_id, lease.epoch, offset=offset, view=view,
+                lease._target, lease.epoch, offset=offset, view=view,
                 timeout_ms=lease._operation_ms(),
             )  # fmt: skip
         except FabricError as refused:
@@ -366,7 +367,7 @@ class FabricMem:
             raise self._outside(offset, len(data))
         try:
             lease._grip.node.write(
-                lease.lease_id, lease.epoch, offset=offset, data=data,
+                lease._target, lease.epoch, offset=offset, data=data,
                 timeout_ms=lease._operation_ms(),
             )  # fmt: skip
         except FabricError as refused:

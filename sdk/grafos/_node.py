@@ -68,6 +68,8 @@ class NodeLine:
         self._ways: list[Connect] = []
         """To the port, the quicker one first."""
         self._lost_since_ms: int | None = None
+        self._shared: dict[str, tuple[str, str]] = {}
+        """What the node calls a share, to the lease that it is of and its chain."""
 
     def bind(self, verb: str, token: str) -> tuple[Any, int]:
         """`Bind` or `Attach`: the answer, and when its request was sent, by boottime."""
@@ -114,6 +116,49 @@ class NodeLine:
         request = node_pb2.DetachRequest(lease_id=lease_id, epoch=epoch)
         self._peer.ask("Detach", request, DETACH_MS_MAX)
 
+    def open_share(self, chain: str) -> tuple[Any, int]:
+        """Show a share: the answer, and when it was asked for, by boottime."""
+        sent_ms = _clock.boot_ms()
+        request = node_pb2.OpenShareRequest(chain=chain)
+        opened = self._peer.ask("OpenShare", request, BIND_MS_MAX)
+        self._shared[opened.share] = opened.lease_id, chain
+        self._find_port(opened)
+        if self._port is not None:
+            self._port.add_share(opened.share, chain)
+        return opened, sent_ms
+
+    def leave_share(self, target: str) -> None:
+        self._shared.pop(target, None)
+        if self._port is not None:
+            self._port.leave_share(target)
+
+    def end_share(self, lease_id: str, epoch: int, share_id: str, by: str) -> None:
+        request = node_pb2.EndShareRequest(lease_id=lease_id, epoch=epoch, share_id=share_id, by=by)
+        self._ask_about(by, "EndShare", request, RELEASE_MS_MAX)
+
+    def shares(self, lease_id: str, epoch: int, by: str) -> Any:
+        request = node_pb2.ListSharesRequest(lease_id=lease_id, epoch=epoch, by=by)
+        return self._ask_about(by, "ListShares", request, DETACH_MS_MAX).shares
+
+    def _named(self, target: str) -> dict[str, str]:
+        """How a lease, or a share by what the node calls it, is named in a call."""
+        shared = self._shared.get(target)
+        if shared is None:
+            return {"lease_id": target}
+        return {"lease_id": shared[0], "share": target}
+
+    def _ask_about(self, target: str, method: str, request: Any, timeout_ms: float) -> Any:
+        """A front that was started again has not seen a share: it is shown once more."""
+        end_ms, shared = _clock.boot_ms() + timeout_ms, self._shared.get(target)
+        try:
+            return self._peer.ask(method, request, timeout_ms)
+        except Denied as refused:
+            if shared is None or refused.code != "NOT_FOUND":
+                raise
+        again = node_pb2.OpenShareRequest(chain=shared[1])
+        self._peer.ask("OpenShare", again, end_ms - _clock.boot_ms())
+        return self._peer.ask(method, request, end_ms - _clock.boot_ms())
+
     def read(
         self, lease_id: str, epoch: int, *, offset: int, length: int, timeout_ms: float
     ) -> bytes:
@@ -127,8 +172,10 @@ class NodeLine:
                 pass  # the calls below reach the node, or say that nothing does
         for at in range(offset, offset + length, CHUNK_BYTES_MAX):
             wanted = min(CHUNK_BYTES_MAX, offset + length - at)
-            request = node_pb2.ReadRequest(lease_id=lease_id, epoch=epoch, offset=at, length=wanted)
-            answer = self._peer.ask("Read", request, end_ms - _clock.boot_ms())
+            request = node_pb2.ReadRequest(
+                **self._named(lease_id), epoch=epoch, offset=at, length=wanted
+            )
+            answer = self._ask_about(lease_id, "Read", request, end_ms - _clock.boot_ms())
             if len(answer.data) != wanted or answer.offset != at:
                 raise failure.of("LENGTH", "the node's answer", lease_id=lease_id, epoch=epoch)
             if zlib.crc32(answer.data) != answer.checksum:
@@ -160,7 +207,7 @@ class NodeLine:
         for start in range(0, max(1, len(view)), CHUNK_BYTES_MAX):
             part = bytes(view[start : start + CHUNK_BYTES_MAX])
             request = node_pb2.WriteRequest(
-                lease_id=lease_id,
+                **self._named(lease_id),
                 epoch=epoch,
                 offset=offset + start,
                 data=part,
@@ -169,7 +216,7 @@ class NodeLine:
                 has_checksum=True,
                 flush=flush and start + CHUNK_BYTES_MAX >= len(view),
             )
-            answer = self._peer.ask("Write", request, end_ms - _clock.boot_ms())
+            answer = self._ask_about(lease_id, "Write", request, end_ms - _clock.boot_ms())
             if answer.written != len(part):
                 raise failure.of("LENGTH", "the node's answer", lease_id=lease_id, epoch=epoch)
 
@@ -277,6 +324,8 @@ class NodeLine:
         with self._lock:
             if connects and self._port is None:
                 self._ways, self._port = connects, DataPort(first_of(*connects))
+                for target, (_, chain) in self._shared.items():
+                    self._port.add_share(target, chain)
 
     def _hand_over(self, bound: Any) -> int | None:
         """By the socket. The stream that stands is let go once its successor does."""

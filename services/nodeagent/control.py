@@ -303,6 +303,11 @@ class Control:
                 self._bind(op, message, reply)
             case "release" | "detach":
                 self._let_go(op, message, reply)
+            case "share_root":
+                self.rooms.keys.prove_root(message["token"], self.now().wall_ms)
+                reply({"op": "proved"})
+            case "share_ended":
+                self.in_owner(lambda: self._share_ended(message, reply))
             case "session_lost":
                 self.post(lambda now: self.core.session_lost(message["session"], now))
             case "session_back":
@@ -419,6 +424,13 @@ class Control:
         self.core.exported(facts.lease_id)
         return True
 
+    def _share_ended(self, message: Message, reply: Reply) -> None:
+        """What the front has struck out; the next one will be told."""
+        if self.core.is_live(message["lease"]):
+            fields = (message["lease"], message["epoch"], message["share"], message["by"])
+            self.performer.ended_shares.add(*fields)
+        reply({"op": "remembered"})
+
     def _watch_holder(self, session: str, fds: list[int]) -> None:
         def gone(now: Instant) -> list[Effect]:
             self._holders.pop(session, None)
@@ -446,6 +458,8 @@ class Control:
         self._connected &= sessions
         self._effects.extend(self._excused(sessions, self.now()))
         for message in self.performer.ended_messages():
+            self.front.send(message)
+        for message in self.performer.ended_shares.messages():
             self.front.send(message)
         self.front.send({"op": "serve"})
 

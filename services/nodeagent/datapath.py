@@ -8,7 +8,8 @@ read are given out, and bytes written are acknowledged, only if both answers wer
 bytes move the operation counts as in flight in the gate page, so that a teardown can wait for it.
 A lease that is not the caller's is answered exactly like one that never was. A lease that has
 ended is answered with the cause of its end: the table of ended leases is bounded, and its oldest
-entries give way.
+entries give way. A share of a lease is a lease in all of this, but for one thing more: each look at
+the gate is a look at the share, too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -27,6 +28,7 @@ from typing import Final, Protocol
 from grafos_core import failure
 from grafos_core.failure import FabricError
 from grafos_core.lease import BLOCK_BYTES, EPOCH_MAX, Kind, check_lease_id
+from grafos_core.sharebook import Entry
 from grafos_proto.wire import word
 from services.nodeagent.gatepage import GatePage, Verdict, Watch
 from services.runtime.faults import fault
@@ -143,6 +145,10 @@ class OpenLease:
     storage: Storage
     handed: bool = False
     """Control counts the memfd as handed out to this session already."""
+    share: Entry | None = None
+    """Of what somebody was given by the holder: only this part, only as long."""
+    whole: OpenLease | None = None
+    """Of a share, the lease that it is of."""
 
     @property
     def granule_bytes(self) -> int:
@@ -155,6 +161,13 @@ class Ended:
 
     holder_key: str
     cause: FabricError
+
+
+class FindShare(Protocol):
+    """The shares that were shown here."""
+
+    def find(self, lease_id: str, epoch: int, digest: str, key: str) -> OpenLease:
+        """As a lease of its own; refused if the one with this key has not shown it."""
 
 
 class LeaseTable:
@@ -214,6 +227,26 @@ class LeaseTable:
         return failure.from_fields(type(ended.cause).__name__, ended.cause.fields())
 
 
+class ShareWatch:
+    """As the gate's own `Watch`, and at each look at a share, too."""
+
+    def __init__(self, data: DataPath, share: Entry, watch: Watch) -> None:
+        self._data, self._share, self._watch = data, share, watch
+
+    def is_open(self, now_ns: int) -> bool:
+        share = self._share
+        is_in_force = share.cause is None and now_ns < share.deadline_ns
+        return is_in_force and self._watch.is_open(now_ns)
+
+    def enter(self) -> None:
+        self._watch.enter()
+        self._data.count_share(self._share, 1)
+
+    def leave(self) -> None:
+        self._data.count_share(self._share, -1)
+        self._watch.leave()
+
+
 class DataPath:
     """Reads and writes, each between two looks at the gate page."""
 
@@ -223,8 +256,10 @@ class DataPath:
         table: LeaseTable,
         boottime_ns: Callable[[], int],
         device_failed: Callable[[str, str], None],
+        shares: FindShare | None = None,
     ) -> None:
         self._gate, self.table, self.boottime_ns = gate, table, boottime_ns
+        self._shares = shares
         self._device_failed = device_failed
         """Told of a lease whose device fails, and how: it is not to be trusted further."""
         self._count = threading.Condition()
@@ -232,12 +267,19 @@ class DataPath:
         """Teardowns that wait for an operation to leave."""
 
     def read(
-        self, holder_key: str, lease_id: str, epoch: int, *, offset: int, length: int
+        self,
+        holder_key: str,
+        lease_id: str,
+        epoch: int,
+        *,
+        offset: int,
+        length: int,
+        share: str = "",
     ) -> tuple[bytes, int]:
         """The bytes, and the milliseconds that the lease has left."""
         if length > CHUNK_BYTES_MAX:
             raise failure.of("CHUNK", f"at most {CHUNK_BYTES_MAX} bytes at a time")
-        lease = self._find(holder_key, lease_id, epoch, "read")
+        lease = self._find(holder_key, lease_id, epoch, share, "read")
         check_range(lease, offset, length)
         with self._in_flight(lease):
             self.check_open(lease)
@@ -245,12 +287,20 @@ class DataPath:
             return data, self.check_open(lease)
 
     def write(
-        self, holder_key: str, lease_id: str, epoch: int, *, offset: int, data: bytes, flush: bool
+        self,
+        holder_key: str,
+        lease_id: str,
+        epoch: int,
+        *,
+        offset: int,
+        data: bytes,
+        flush: bool,
+        share: str = "",
     ) -> int:
         """Write all of `data`; the milliseconds that the lease has left."""
         if len(data) > CHUNK_BYTES_MAX:
             raise failure.of("CHUNK", f"at most {CHUNK_BYTES_MAX} bytes at a time")
-        lease = self._find(holder_key, lease_id, epoch, "write")
+        lease = self._find(holder_key, lease_id, epoch, share, "write")
         check_range(lease, offset, len(data))
         with self._in_flight(lease):
             self.check_open(lease)
@@ -258,49 +308,76 @@ class DataPath:
             return self.check_open(lease)
 
     def check_read(
-        self, holder_key: str, lease_id: str, epoch: int, *, offset: int, length: int
+        self,
+        holder_key: str,
+        lease_id: str,
+        epoch: int,
+        *,
+        offset: int,
+        length: int,
+        share: str = "",
     ) -> None:
         """Refuse a stream whose end lies outside the lease before its first byte."""
         if length > READ_STREAM_BYTES_MAX:
             raise failure.of("RANGE", f"at most {READ_STREAM_BYTES_MAX} bytes in one stream")
-        check_range(self._find(holder_key, lease_id, epoch, "read"), offset, length)
+        check_range(self._find(holder_key, lease_id, epoch, share, "read"), offset, length)
 
     def in_flight(self, slot: int) -> int:
         return self._gate.in_flight(slot)
 
     def wait_quiet(self, slot: int) -> int:
         """Wait, but not for long, until nothing is in flight; how many operations still are."""
+        return self._wait_quiet(lambda: self._gate.in_flight(slot))
+
+    def wait_shares_quiet(self, shares: Sequence[Entry]) -> int:
+        """The same for operations under any of these shares."""
+        return self._wait_quiet(lambda: sum(each.in_flight for each in shares))
+
+    def _wait_quiet(self, in_flight: Callable[[], int]) -> int:
         with self._count:
             self.waiting += 1  # before the first look: whoever leaves after it says so
             try:
-                self._count.wait_for(lambda: self._gate.in_flight(slot) == 0, QUIET_S)
+                self._count.wait_for(lambda: in_flight() == 0, QUIET_S)
             finally:
                 self.waiting -= 1
-            return self._gate.in_flight(slot)
+            return in_flight()
 
-    def find(self, holder_key: str, lease_id: str, epoch: int) -> OpenLease:
-        """The open lease, if it is this holder's and this its epoch."""
+    def find(self, holder_key: str, lease_id: str, epoch: int, share: str = "") -> OpenLease:
+        """The open lease, if it is this holder's and this its epoch; or one that he was given."""
         if not 1 <= epoch <= EPOCH_MAX:
             raise failure.of("EPOCH_RANGE")
+        if share:
+            if self._shares is None:
+                raise failure.of("NOT_FOUND")
+            return self._shares.find(lease_id, epoch, share, holder_key)
         lease = self.table.find(lease_id, holder_key)
         if epoch != lease.epoch:
             raise failure.of("EPOCH_STALE", lease_id=lease_id, epoch=lease.epoch)
         return lease
 
-    def _find(self, holder_key: str, lease_id: str, epoch: int, operation: str) -> OpenLease:
-        lease = self.find(holder_key, lease_id, epoch)
+    def _find(
+        self, holder_key: str, lease_id: str, epoch: int, share: str, operation: str
+    ) -> OpenLease:
+        lease = self.find(holder_key, lease_id, epoch, share)
         check_right(lease, operation)
         return lease
 
-    def watch(self, lease: OpenLease) -> Watch:
-        return self._gate.watch(lease.slot, bytes.fromhex(lease.lease_id), lease.epoch)
+    def watch(self, lease: OpenLease) -> Watch | ShareWatch:
+        watch = self._gate.watch(lease.slot, bytes.fromhex(lease.lease_id), lease.epoch)
+        return watch if lease.share is None else ShareWatch(self, lease.share, watch)
 
     def check_open(self, lease: OpenLease) -> int:
         """The milliseconds that it has left; refuses with the cause of its end."""
         now_ns = self.boottime_ns()
         verdict = self._gate.verdict(lease.slot, bytes.fromhex(lease.lease_id), lease.epoch, now_ns)
         if verdict is Verdict.OPEN:
-            return max(0, lease.deadline_ms - now_ns // NS_PER_MS)
+            deadline_ms = lease.deadline_ms
+            if lease.share is not None:
+                end = lease.share.end(now_ns)
+                if end is not None:
+                    raise end
+                deadline_ms = min(deadline_ms, lease.share.deadline_ns // NS_PER_MS)
+            return max(0, deadline_ms - now_ns // NS_PER_MS)
         if verdict is Verdict.EXPIRED:
             raise failure.of("LEASE_EXPIRED", lease_id=lease.lease_id, epoch=lease.epoch)
         raise self.table.cause_of_end(lease)
@@ -329,11 +406,20 @@ class DataPath:
     def enter(self, lease: OpenLease) -> None:
         """Something is in flight now; then look at the gate, and `leave` in any case."""
         self._gate.enter(lease.slot)
+        if lease.share is not None:
+            self.count_share(lease.share, 1)
 
     def leave(self, lease: OpenLease) -> None:
+        if lease.share is not None:
+            self.count_share(lease.share, -1)
         self._gate.leave(lease.slot)
         if self.waiting:
             self.tell_waiting()
+
+    def count_share(self, share: Entry, by: int) -> None:
+        """Operations in flight under it, more or fewer."""
+        with self._count:
+            share.in_flight += by
 
     def tell_waiting(self) -> None:
         """Something has left."""

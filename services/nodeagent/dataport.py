@@ -15,6 +15,7 @@ gate, or a teardown.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
 import ssl
@@ -37,6 +38,7 @@ from services.nodeagent.dataport_line import AGE_MS_MAX, Line, Pipe
 from services.nodeagent.dataport_pipe import TlsPipe, UnixPipe
 from services.nodeagent.dataport_work import Work
 from services.nodeagent.sessions import Sessions
+from services.nodeagent.shares import Shares
 from services.runtime.clock import Clock
 from services.runtime.limits import Limits
 from services.runtime.local_greeting import greeted
@@ -90,9 +92,14 @@ class DataPort:
     """The sockets and their connections."""
 
     def __init__(
-        self, data: DataPath, sessions: Sessions, provider: Provider, terms: Terms
+        self,
+        data: DataPath,
+        sessions: Sessions,
+        provider: Provider,
+        terms: Terms,
+        shares: Shares | None = None,
     ) -> None:
-        self._data, self._sessions = data, sessions
+        self._data, self._sessions, self._shares = data, sessions, shares
         self._provider, self._terms = provider, terms
         self._room = Room()
         self._lock = threading.Lock()
@@ -222,10 +229,12 @@ class DataPort:
 
     def _serve(self, pipe: Pipe, holder: Certificate) -> None:
         """Until the connection ends. Whoever has too many already is not served."""
-        key = holder.thumbprint
-        line = Line(
-            pipe, holder, Work(self._data, key), self._sessions, self._room, self._terms.clock
-        )
+        key, shares = holder.thumbprint, self._shares
+        show = None
+        if shares is not None:
+            show = functools.partial(shares.show, key=key, name=str(holder.identity))
+        work = Work(self._data, key, show)
+        line = Line(pipe, holder, work, self._sessions, self._room, self._terms.clock)
         with self._lock:
             if self._holders[key] >= CONNECTIONS_PER_HOLDER_MAX or self._stopped.is_set():
                 pipe.close()

@@ -300,6 +300,8 @@ class Line:
                 raise failure.of("VERSION", "HELLO comes first")
             if request[OP] == frames.OPEN:
                 return self._work.open(request, payload)
+            if request[OP] == frames.SHARE:
+                return self._work.open_share(request, payload)
             if request[OP] == frames.CLOSE:
                 return self._work.close(request)
             raise failure.of("INVALID", "no such operation")

@@ -14,13 +14,14 @@ runs, and its verdict comes after the last byte has left.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from grafos_core import failure
 from grafos_core.failure import FabricError
+from grafos_core.share import CHAIN_BYTES_MAX
 from grafos_proto.wire import dataframes as frames
 from grafos_proto.wire import word
 from grafos_proto.wire.dataframes import GOOD_BYTE, READ, VOID_BYTE, WRITE
@@ -28,6 +29,7 @@ from services.nodeagent.datapath import (
     DataPath,
     MemoryStorage,
     OpenLease,
+    ShareWatch,
     Storage,
     check_range,
     check_right,
@@ -55,10 +57,10 @@ _EMPTY_ANSWER_BYTES: Final = 1
 
 @dataclass(slots=True)
 class Held:
-    """A lease under the number that its holder gave it."""
+    """A lease, or a share of one, under the number that its holder gave it."""
 
     lease: OpenLease
-    watch: Watch
+    watch: Watch | ShareWatch
     can_read: bool
     can_write: bool
 
@@ -66,8 +68,11 @@ class Held:
 class Work:
     """The open handles of one connection. For one thread."""
 
-    def __init__(self, data: DataPath, holder_key: str) -> None:
-        self._data, self._holder_key = data, holder_key
+    def __init__(
+        self, data: DataPath, holder_key: str, show: Callable[[str], OpenLease] | None = None
+    ) -> None:
+        """`show`: what a chain of shares is for this holder."""
+        self._data, self._holder_key, self._show = data, holder_key, show
         self._held: dict[int, Held] = {}
         self._scratch: memoryview | None = None
         """Where pieces of large reads are put, one after the other."""
@@ -77,14 +82,25 @@ class Work:
         self._scratch = None
 
     def open(self, request: Request, payload: memoryview) -> bytes:
-        handle, epoch = request[HANDLE], request[OFFSET]
         if len(payload) != frames.LEASE_ID_BYTES:
             raise failure.of("LENGTH", f"a lease id has {frames.LEASE_ID_BYTES} bytes")
+        return self._opened(request, lambda: self._found(bytes(payload).hex(), request[OFFSET]))
+
+    def open_share(self, request: Request, payload: memoryview) -> bytes:
+        if self._show is None:
+            raise failure.of("OPTION", "shares")
+        if len(payload) > CHAIN_BYTES_MAX:
+            raise failure.of("TOKEN_ENCODING", "at most 8 KiB")
+        show, text = self._show, bytes(payload).decode("latin-1")
+        return self._opened(request, lambda: self._held_as(show(text)))
+
+    def _opened(self, request: Request, find: Callable[[], Held]) -> bytes:
+        handle = request[HANDLE]
         if handle in self._held:
             raise failure.of("INVALID", "the handle is in use")
         if len(self._held) >= frames.HANDLES_MAX:
             raise failure.of("STREAMS", "too many handles", retry_after_ms=0)
-        held = self._found(bytes(payload).hex(), epoch)
+        held = find()
         left_ms = self._data.check_open(held.lease)
         self._held[handle] = held
         answer = frames.OPEN_ANSWER.pack(held.lease.size_bytes, left_ms)
@@ -311,13 +327,17 @@ class Work:
         if held is None:
             raise failure.of("INVALID", "no such handle")
         lease = held.lease
-        if self._data.table.opened(lease.lease_id) is lease:
+        if self._data.table.opened(lease.lease_id) is (lease.whole or lease):
             return held
-        held = self._held[handle] = self._found(lease.lease_id, lease.epoch)
+        self._data.table.find(lease.lease_id, lease.holder_key)  # or the cause of its end
+        share = lease.share.digest if lease.share is not None else ""
+        held = self._held[handle] = self._found(lease.lease_id, lease.epoch, share)
         return held
 
-    def _found(self, lease_id: str, epoch: int) -> Held:
-        lease = self._data.find(self._holder_key, lease_id, epoch)
+    def _found(self, lease_id: str, epoch: int, share: str = "") -> Held:
+        return self._held_as(self._data.find(self._holder_key, lease_id, epoch, share))
+
+    def _held_as(self, lease: OpenLease) -> Held:
         return Held(lease, self._data.watch(lease), "read" in lease.ops, "write" in lease.ops)
 
     def _look(self, held: Held) -> None:

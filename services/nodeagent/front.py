@@ -35,6 +35,8 @@ from services.nodeagent.handover import HandoverServer, Offers
 from services.nodeagent.holders import NodeServicer, Places
 from services.nodeagent.ipc import Link
 from services.nodeagent.sessions import Sessions
+from services.nodeagent.sharedesk import ShareDesk
+from services.nodeagent.shares import Shares
 from services.runtime import faults
 from services.runtime.clock import SYSTEM
 from services.runtime.logs import Log
@@ -68,17 +70,19 @@ class Front:
         table = LeaseTable()
         line = ControlLine(self._link, table)
         self._sessions = Sessions(line)
-        self._data = DataPath(
-            GatePage.attach(flags.gate), table, SYSTEM.boot_ns, line.device_failed
-        )
+        self._shares = Shares(table, line.prove_root, SYSTEM)
+        gate = GatePage.attach(flags.gate)
+        self._data = DataPath(gate, table, SYSTEM.boot_ns, line.device_failed, self._shares)
         self._line, self._offers = line, Offers()
         self._server: Server | None = None
         self._data_path = Path(flags.handover).with_name("data.sock")
         terms = Terms(self._identity().identity.trust_domain, SYSTEM)
         self._data_port = 0
-        self._port = DataPort(self._data, self._sessions, self._identity, terms)
+        self._port = DataPort(self._data, self._sessions, self._identity, terms, self._shares)
         shelf = BlockShelf(Path(flags.block_file), flags.block_bytes)
-        self._desk = FrontDesk(line, self._data, self._sessions, shelf.storage, self._stop)
+        self._desk = FrontDesk(
+            line, self._data, self._sessions, shelf.storage, self._stop, self._shares
+        )
 
     def run(self) -> None:
         reader = threading.Thread(target=self._link.serve, args=[self._desk.handle], name="link")
@@ -106,8 +110,9 @@ class Front:
             self._flags.handover, LIMITS.calls_max // 2, str(self._data_path), self._data_port
         )
         servicer = NodeServicer(
-            self._line, self._data, self._sessions, self._offers, places, SYSTEM.boot_ms
-        )
+            self._line, self._data, self._sessions, self._offers, places, SYSTEM.boot_ms,
+            ShareDesk(self._shares, self._data, self._line.share_ended),
+        )  # fmt: skip
         service = Service(
             "grafos.v1.NodeService", node_pb2_grpc.add_NodeServiceServicer_to_server, servicer
         )

@@ -2,6 +2,7 @@
 
     control → open    take a lease up, with its descriptors or its key      → opened
               shut    forget it; say what is still in flight after 250 ms   → shut
+              shares_ended   shares that a front before this one ended
               ended   leases that are gone, and why, for those who still ask
               notice  news for a session
               raise   the deadline of an open lease has moved
@@ -10,6 +11,8 @@
     front → bind attach extend release detach   a holder's request, passed on with his name
             holder  a local process has come with its secret; answered once the lease is exported
             session_back session_lost           the connections of a holder
+            share_root                          a token that somebody shows as the root of a chain
+            share_ended                         remembered for the front after this one
             device_failed                       a lease's bytes cannot be read or written
 
 Rules. What control says is done in the order in which it came, so that a lease is open here before
@@ -38,9 +41,12 @@ from services.nodeagent.datapath import (
 from services.nodeagent.handover import Offer, own_description
 from services.nodeagent.ipc import Link, LinkClosed, Message, close_all
 from services.nodeagent.sessions import News, Sessions
+from services.nodeagent.shares import Shares
 
 SHUTTERS: Final = 4
 HOLDER_MS_MAX: Final = 2_000
+ANSWER_MS: Final = 2_000
+"""Control answers what it does not have to write down in about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,14 @@ class ControlLine:
 
     def device_failed(self, lease_id: str, why: str) -> None:
         self._report({"op": "device_failed", "lease": lease_id, "why": why})
+
+    def prove_root(self, token: str) -> None:
+        self.ask("share_root", ANSWER_MS, token=token)
+
+    def share_ended(self, lease_id: str, epoch: int, share_id: str, by: str) -> None:
+        """Returns when it will not be forgotten."""
+        fields = {"lease": lease_id, "epoch": epoch, "share": share_id, "by": by}
+        self.ask("share_ended", ANSWER_MS, **fields)
 
     def hand_over(self, offer: Offer, pidfd: int) -> int | None:
         """A descriptor of the holder's own, once control knows of him; None if there is none."""
@@ -112,6 +126,7 @@ class FrontDesk:
     sessions: Sessions
     block_storage: Callable[[Message, list[int]], Storage]
     stop: Callable[[], None]
+    shares: Shares
     serve: threading.Event = field(default_factory=threading.Event)
     """Set when everything that is open has been opened here."""
     _shutters: ThreadPoolExecutor = field(
@@ -129,6 +144,8 @@ class FrontDesk:
         elif op == "ended":
             for each in message["leases"]:
                 self._remember(each["lease"], each)
+        elif op == "shares_ended":
+            self.shares.learn(message["lease"], message["epoch"], message["ended"])
         elif op == "notice":
             self.sessions.tell(message["session"], news_of(message))
         elif op == "raise":
@@ -177,6 +194,7 @@ class FrontDesk:
     def _shut(self, message: Message) -> None:
         self._remember(message["lease"], message)
         lease = self.line.table.shut(message["lease"])
+        self.shares.forget(message["lease"])
         if lease is None:
             self.line.link.reply(message, {"op": "shut", "in_flight": 0})
             return

@@ -31,6 +31,7 @@ from services.nodeagent.datapath import (
 )
 from services.nodeagent.handover import SECRET_MS, Offer, Offers
 from services.nodeagent.sessions import News, Sessions, session_key
+from services.nodeagent.sharedesk import ShareDesk
 from services.runtime import calls
 from services.runtime.calls import Peer
 
@@ -109,8 +110,10 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
         offers: Offers,
         places: Places,
         boottime_ms: Callable[[], int],
+        shares: ShareDesk,
     ) -> None:
         self._control, self._data, self._places = control, data, places
+        self._shares = shares
         self._sessions, self._offers = sessions, offers
         self._boottime_ms = boottime_ms
         self._streams = threading.BoundedSemaphore(places.streams_max)
@@ -186,6 +189,7 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
             request.epoch,
             offset=request.offset,
             length=request.length,
+            share=request.share,
         )
         end = request.offset + request.length
         for offset in range(request.offset, end, CHUNK_BYTES_MAX):
@@ -204,6 +208,7 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
             offset=request.offset,
             data=request.data,
             flush=request.flush,
+            share=request.share,
         )
         return node_pb2.WriteResponse(written=len(request.data), remaining_ms=remaining_ms)
 
@@ -217,6 +222,23 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
                 remaining_ms = self.Write(chunk, context).remaining_ms
                 written += len(chunk.data)
         return node_pb2.WriteResponse(written=written, remaining_ms=remaining_ms)
+
+    def OpenShare(
+        self, request: node_pb2.OpenShareRequest, context: grpc.ServicerContext
+    ) -> node_pb2.OpenShareResponse:
+        answer = self._shares.open(calls.peer(), request)
+        answer.data_path, answer.data_port = self._places.data_path, self._places.data_port
+        return answer
+
+    def EndShare(
+        self, request: node_pb2.EndShareRequest, context: grpc.ServicerContext
+    ) -> node_pb2.EndShareResponse:
+        return self._shares.end(calls.peer(), request)
+
+    def ListShares(
+        self, request: node_pb2.ListSharesRequest, context: grpc.ServicerContext
+    ) -> node_pb2.ListSharesResponse:
+        return self._shares.tree(calls.peer(), request)
 
     def Notices(
         self, request: node_pb2.NoticesRequest, context: grpc.ServicerContext
@@ -286,8 +308,9 @@ class NodeServicer(node_pb2_grpc.NodeServiceServicer):
         self, caller: Peer, request: node_pb2.ReadRequest, offset: int, length: int
     ) -> node_pb2.ReadResponse:
         data, remaining_ms = self._data.read(
-            caller.key_thumbprint, request.lease_id, request.epoch, offset=offset, length=length
-        )
+            caller.key_thumbprint, request.lease_id, request.epoch,
+            offset=offset, length=length, share=request.share,
+        )  # fmt: skip
         return node_pb2.ReadResponse(
             data=data, checksum=zlib.crc32(data), offset=offset, remaining_ms=remaining_ms
         )
@@ -353,7 +376,7 @@ def _gathered(
         for request in requests:
             _check_chunk(request)
             first = chunks[0] if chunks else request
-            if (request.lease_id, request.epoch) != (first.lease_id, first.epoch):
+            if _place_of(request) != _place_of(first):
                 raise failure.of("INVALID", "one stream writes to one lease")
             if request.offset != first.offset + total:
                 raise failure.of("EXTENT", "a stream's messages are contiguous")
@@ -372,6 +395,10 @@ def _gathered(
     if not is_whole:
         raise failure.of("INVALID", "a stream ends with a message without data")
     return chunks
+
+
+def _place_of(request: node_pb2.WriteRequest) -> tuple[str, int, str]:
+    return request.lease_id, request.epoch, request.share
 
 
 def _check_chunk(request: node_pb2.WriteRequest) -> None:

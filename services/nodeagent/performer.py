@@ -46,6 +46,7 @@ from grafos_core.node_lease import NO_SLOT
 from grafos_core.receipt import MEASURED_CHARS_MAX, Outcome, shortened
 from grafos_core.recollection import PROVING
 from grafos_core.teardown import Step
+from services.nodeagent.endedshares import EndedShares
 from services.nodeagent.frontdesk import failure_message
 from services.nodeagent.gatepage import CellState, GatePage
 from services.nodeagent.ipc import Message
@@ -157,6 +158,7 @@ class Performer:
         self._in_front: dict[str, tuple[str, int]] = {}
         """Session and slot by lease, of what the front has open."""
         self._ended: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self.ended_shares = EndedShares()
         self._later: list[Persist] = []
         """Records that nothing rests on; they go with the next batch."""
         self._later_since_ms = 0
@@ -463,6 +465,7 @@ class Performer:
 
     def _send_receipt(self, effect: SendReceipt) -> None:
         receipt = effect.receipt
+        self.ended_shares.forget(receipt.lease_id, receipt.epoch)
         if receipt.outcome is Outcome.FENCED:
             self._tell_fenced(receipt)
         else:

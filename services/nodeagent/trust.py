@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import Final
 
 from grafos_core import failure, jws, receipt, spiffe, token
@@ -83,7 +84,7 @@ class TrustedKeys:
 
     def accept(self, text: str, holder_thumbprint: str, now_ms: int) -> LeaseToken:
         """A token that is for this node, this moment and this holder."""
-        try:
+        with self._told_why(text, now_ms):
             return token.accept(
                 text,
                 self._keys,
@@ -93,6 +94,22 @@ class TrustedKeys:
                 now_ms=now_ms,
                 cache=self._cache,
             )
+
+    def prove_root(self, text: str, now_ms: int) -> None:
+        """A token with which a chain of shares begins: admission's, for this node. Whether it may
+        still bind is no matter, nor whose it is: what was bound is held against what it says."""
+        with self._told_why(text, now_ms):
+            read = LeaseToken.from_claims(jws.verify(text, jws.LEASE, self._keys))
+        if read.issuer != self._issuer:
+            raise failure.of("TOKEN_ISSUER")
+        if read.audience != self._audience:
+            raise failure.of("TOKEN_AUDIENCE")
+
+    @contextmanager
+    def _told_why(self, text: str, now_ms: int) -> Generator[None, None, None]:
+        """A key that is not known may be revoked, or not known yet."""
+        try:
+            yield
         except FabricError as refusal:
             if refusal.code == "TOKEN_KEY_UNKNOWN" and self._revoked:
                 self._refuse_revoked(text, refusal)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from grafos_core import failure
-from tests.core import chain_script, failure_script, quota_script
+from tests.core import chain_script, failure_script, quota_script, share_script
 from tests.golden import run_golden, scripts
 
 HERE = Path(__file__).parent
@@ -20,6 +20,11 @@ def test_the_chain_answers_as_written_down(path: Path) -> None:
 @pytest.mark.parametrize("path", scripts(HERE, "quota"), ids=lambda path: path.stem)
 def test_the_tenants_book_answers_as_written_down(path: Path) -> None:
     run_golden(path, quota_script.interpreter())
+
+
+@pytest.mark.parametrize("path", scripts(HERE, "share"), ids=lambda path: path.stem)
+def test_shares_answer_as_written_down(path: Path) -> None:
+    run_golden(path, share_script.interpreter())
 
 
 @pytest.mark.parametrize("path", scripts(HERE, "failure"), ids=lambda path: path.stem)

@@ -38,9 +38,13 @@ PUBLIC = [
     "RateLimited",
     "Revocation",
     "Revoked",
+    "Share",
+    "ShareView",
+    "SharedLease",
     "TeardownReceipt",
     "connect",
     "local_fabric",
+    "open_share",
 ]
 LEASE = [
     "checkpoint_done",
@@ -58,6 +62,7 @@ LEASE = [
     "remaining_ms",
     "renew",
     "share",
+    "shares",
     "status",
     "ttl_ms",
     "valid",
@@ -99,6 +104,7 @@ BLOCK = [
 FABRIC = [
     "close",
     "describe",
+    "holder_key",
     "identity",
     "keys",
     "leases",

@@ -43,6 +43,8 @@ from services.nodeagent.gatepage import CellState, GatePage
 from services.nodeagent.handover import HandoverServer, Offer, Offers, own_description
 from services.nodeagent.holders import NodeServicer, Places
 from services.nodeagent.sessions import News, Sessions, session_key
+from services.nodeagent.sharedesk import ShareDesk
+from services.nodeagent.shares import Shares
 from services.runtime import calls
 from services.runtime.clock import SYSTEM
 from services.runtime.logs import Log
@@ -480,16 +482,21 @@ class World:
                 os.close(grant.fd)
 
     def _serve_node(self) -> Any:
-        data = DataPath(self.gate, self.table, SYSTEM.boot_ns, lambda lease_id, why: None)
+        self.shares = Shares(self.table, lambda token: None, SYSTEM)
+        data = DataPath(
+            self.gate, self.table, SYSTEM.boot_ns, lambda lease_id, why: None, self.shares
+        )
         offers = Offers()
         self.handover = HandoverServer(offers, self.sessions, self.control, SYSTEM.boot_ms)
         self.handover.start(self.handover_path)
         node = self.credentials(Identity(TRUST_DOMAIN, Role.NODE, None, NODE_ID))
-        self.port = DataPort(data, self.sessions, lambda: node, Terms(TRUST_DOMAIN, SYSTEM))
+        terms = Terms(TRUST_DOMAIN, SYSTEM)
+        self.port = DataPort(data, self.sessions, lambda: node, terms, self.shares)
         self.port.listen_unix(self.handover_path.with_name("d.sock"))
         self.servicer = NodeServicer(
-            self.control, data, self.sessions, offers, self.places, SYSTEM.boot_ms
-        )
+            self.control, data, self.sessions, offers, self.places, SYSTEM.boot_ms,
+            ShareDesk(self.shares, data, lambda *ended: None),
+        )  # fmt: skip
         return self._serve(
             Identity(TRUST_DOMAIN, Role.NODE, None, NODE_ID), "NodeService",
             node_pb2_grpc.add_NodeServiceServicer_to_server, self.servicer,

@@ -260,12 +260,15 @@ class ReadRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
     LENGTH_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     epoch: _builtins.int
     offset: _builtins.int
     """bytes; block: a multiple of 4096"""
     length: _builtins.int
     """bytes; Read: at most 196608; block: a multiple of 4096"""
+    share: _builtins.str
+    """as OpenShare named it; offset then counts from where it begins"""
     def __init__(
         self,
         *,
@@ -273,10 +276,11 @@ class ReadRequest(_message.Message):
         epoch: _builtins.int = ...,
         offset: _builtins.int = ...,
         length: _builtins.int = ...,
+        share: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "length", b"length", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "lease_id", b"lease_id", "length", b"length", "offset", b"offset", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -323,6 +327,7 @@ class WriteRequest(_message.Message):
     CHECKSUM_FIELD_NUMBER: _builtins.int
     HAS_CHECKSUM_FIELD_NUMBER: _builtins.int
     FLUSH_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     epoch: _builtins.int
     offset: _builtins.int
@@ -335,6 +340,8 @@ class WriteRequest(_message.Message):
     has_checksum: _builtins.bool
     flush: _builtins.bool
     """block: on stable storage before the answer"""
+    share: _builtins.str
+    """as in ReadRequest"""
     def __init__(
         self,
         *,
@@ -346,10 +353,11 @@ class WriteRequest(_message.Message):
         checksum: _builtins.int = ...,
         has_checksum: _builtins.bool = ...,
         flush: _builtins.bool = ...,
+        share: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "epoch", b"epoch", "flush", b"flush", "has_checksum", b"has_checksum", "lease_id", b"lease_id", "length", b"length", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "data", b"data", "epoch", b"epoch", "flush", b"flush", "has_checksum", b"has_checksum", "lease_id", b"lease_id", "length", b"length", "offset", b"offset", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -377,6 +385,215 @@ class WriteResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WriteResponse: _TypeAlias = WriteResponse  # noqa: Y015
+
+@_typing.final
+class OpenShareRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_FIELD_NUMBER: _builtins.int
+    chain: _builtins.str
+    """token ~ share ~ …, at most 8192 characters"""
+    def __init__(
+        self,
+        *,
+        chain: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenShareRequest: _TypeAlias = OpenShareRequest  # noqa: Y015
+
+@_typing.final
+class OpenShareResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: _builtins.int
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    REMAINING_MS_FIELD_NUMBER: _builtins.int
+    OPS_FIELD_NUMBER: _builtins.int
+    DATA_PATH_FIELD_NUMBER: _builtins.int
+    DATA_PORT_FIELD_NUMBER: _builtins.int
+    share: _builtins.str
+    """32 hexadecimal digits, for this caller's reads and writes"""
+    lease_id: _builtins.str
+    epoch: _builtins.int
+    size_bytes: _builtins.int
+    """of the share"""
+    remaining_ms: _builtins.int
+    """of the share, from the instant of this answer"""
+    data_path: _builtins.str
+    """as in BindResponse"""
+    data_port: _builtins.int
+    @_builtins.property
+    def ops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        share: _builtins.str = ...,
+        lease_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        remaining_ms: _builtins.int = ...,
+        ops: _abc.Iterable[_builtins.str] | None = ...,
+        data_path: _builtins.str = ...,
+        data_port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_path", b"data_path", "data_port", b"data_port", "epoch", b"epoch", "lease_id", b"lease_id", "ops", b"ops", "remaining_ms", b"remaining_ms", "share", b"share", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenShareResponse: _TypeAlias = OpenShareResponse  # noqa: Y015
+
+@_typing.final
+class EndShareRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SHARE_ID_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    epoch: _builtins.int
+    share_id: _builtins.str
+    """jti of the share that is to end"""
+    by: _builtins.str
+    """the caller's own share, as OpenShare named it; empty: his lease"""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        share_id: _builtins.str = ...,
+        by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "epoch", b"epoch", "lease_id", b"lease_id", "share_id", b"share_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndShareRequest: _TypeAlias = EndShareRequest  # noqa: Y015
+
+@_typing.final
+class EndShareResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDED_FIELD_NUMBER: _builtins.int
+    ended: _builtins.int
+    """shares that were shown here and are ended by it"""
+    def __init__(
+        self,
+        *,
+        ended: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndShareResponse: _TypeAlias = EndShareResponse  # noqa: Y015
+
+@_typing.final
+class ListSharesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    lease_id: _builtins.str
+    epoch: _builtins.int
+    by: _builtins.str
+    """as in EndShareRequest"""
+    def __init__(
+        self,
+        *,
+        lease_id: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "epoch", b"epoch", "lease_id", b"lease_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSharesRequest: _TypeAlias = ListSharesRequest  # noqa: Y015
+
+@_typing.final
+class ShareView(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARE_ID_FIELD_NUMBER: _builtins.int
+    PARENT_ID_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    TO_FIELD_NUMBER: _builtins.int
+    OPS_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    REMAINING_MS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    share_id: _builtins.str
+    parent_id: _builtins.str
+    """empty: given by the lease's holder"""
+    depth: _builtins.int
+    to: _builtins.str
+    """thumbprint of a key, or SPIFFE id"""
+    offset: _builtins.int
+    """bytes from the beginning of the lease"""
+    length: _builtins.int
+    remaining_ms: _builtins.int
+    state: _builtins.str
+    """open, ended, over"""
+    @_builtins.property
+    def ops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        share_id: _builtins.str = ...,
+        parent_id: _builtins.str = ...,
+        depth: _builtins.int = ...,
+        to: _builtins.str = ...,
+        ops: _abc.Iterable[_builtins.str] | None = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+        remaining_ms: _builtins.int = ...,
+        state: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "length", b"length", "offset", b"offset", "ops", b"ops", "parent_id", b"parent_id", "remaining_ms", b"remaining_ms", "share_id", b"share_id", "state", b"state", "to", b"to"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShareView: _TypeAlias = ShareView  # noqa: Y015
+
+@_typing.final
+class ListSharesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShareView]: ...
+    def __init__(
+        self,
+        *,
+        shares: _abc.Iterable[Global___ShareView] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSharesResponse: _TypeAlias = ListSharesResponse  # noqa: Y015
 
 @_typing.final
 class NoticesRequest(_message.Message):

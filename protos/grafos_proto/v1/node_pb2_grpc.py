@@ -79,6 +79,21 @@ class NodeServiceStub:
                 request_serializer=grafos__proto_dot_v1_dot_node__pb2.WriteRequest.SerializeToString,
                 response_deserializer=grafos__proto_dot_v1_dot_node__pb2.WriteResponse.FromString,
                 _registered_method=True)
+        self.OpenShare = channel.unary_unary(
+                '/grafos.v1.NodeService/OpenShare',
+                request_serializer=grafos__proto_dot_v1_dot_node__pb2.OpenShareRequest.SerializeToString,
+                response_deserializer=grafos__proto_dot_v1_dot_node__pb2.OpenShareResponse.FromString,
+                _registered_method=True)
+        self.EndShare = channel.unary_unary(
+                '/grafos.v1.NodeService/EndShare',
+                request_serializer=grafos__proto_dot_v1_dot_node__pb2.EndShareRequest.SerializeToString,
+                response_deserializer=grafos__proto_dot_v1_dot_node__pb2.EndShareResponse.FromString,
+                _registered_method=True)
+        self.ListShares = channel.unary_unary(
+                '/grafos.v1.NodeService/ListShares',
+                request_serializer=grafos__proto_dot_v1_dot_node__pb2.ListSharesRequest.SerializeToString,
+                response_deserializer=grafos__proto_dot_v1_dot_node__pb2.ListSharesResponse.FromString,
+                _registered_method=True)
         self.Notices = channel.unary_stream(
                 '/grafos.v1.NodeService/Notices',
                 request_serializer=grafos__proto_dot_v1_dot_node__pb2.NoticesRequest.SerializeToString,
@@ -150,6 +165,27 @@ class NodeServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenShare(self, request, context):
+        """Shows a share (docs/PROTOCOLS.md); from then on reads and writes may name it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndShare(self, request, context):
+        """Ends a share and all that were made of it. When this answers, nothing moves under it. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListShares(self, request, context):
+        """The shares of a lease that were shown here: all, or those below the caller's own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Notices(self, request, context):
         """The holder's data connection: notices come down it, and its end is the holder's end.
         """
@@ -204,6 +240,21 @@ def add_NodeServiceServicer_to_server(servicer, server):
                     servicer.WriteStream,
                     request_deserializer=grafos__proto_dot_v1_dot_node__pb2.WriteRequest.FromString,
                     response_serializer=grafos__proto_dot_v1_dot_node__pb2.WriteResponse.SerializeToString,
+            ),
+            'OpenShare': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenShare,
+                    request_deserializer=grafos__proto_dot_v1_dot_node__pb2.OpenShareRequest.FromString,
+                    response_serializer=grafos__proto_dot_v1_dot_node__pb2.OpenShareResponse.SerializeToString,
+            ),
+            'EndShare': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndShare,
+                    request_deserializer=grafos__proto_dot_v1_dot_node__pb2.EndShareRequest.FromString,
+                    response_serializer=grafos__proto_dot_v1_dot_node__pb2.EndShareResponse.SerializeToString,
+            ),
+            'ListShares': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListShares,
+                    request_deserializer=grafos__proto_dot_v1_dot_node__pb2.ListSharesRequest.FromString,
+                    response_serializer=grafos__proto_dot_v1_dot_node__pb2.ListSharesResponse.SerializeToString,
             ),
             'Notices': grpc.unary_stream_rpc_method_handler(
                     servicer.Notices,
@@ -454,6 +505,87 @@ class NodeService:
             '/grafos.v1.NodeService/WriteStream',
             grafos__proto_dot_v1_dot_node__pb2.WriteRequest.SerializeToString,
             grafos__proto_dot_v1_dot_node__pb2.WriteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenShare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grafos.v1.NodeService/OpenShare',
+            grafos__proto_dot_v1_dot_node__pb2.OpenShareRequest.SerializeToString,
+            grafos__proto_dot_v1_dot_node__pb2.OpenShareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndShare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grafos.v1.NodeService/EndShare',
+            grafos__proto_dot_v1_dot_node__pb2.EndShareRequest.SerializeToString,
+            grafos__proto_dot_v1_dot_node__pb2.EndShareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListShares(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grafos.v1.NodeService/ListShares',
+            grafos__proto_dot_v1_dot_node__pb2.ListSharesRequest.SerializeToString,
+            grafos__proto_dot_v1_dot_node__pb2.ListSharesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -48,6 +48,12 @@ class NodeServiceStub:
     """One contiguous write of several messages and then one without data, which says that it is
     whole: a stream that breaks off before it has written nothing.
     """
+    OpenShare: _grpc.UnaryUnaryMultiCallable[_node_pb2.OpenShareRequest, _node_pb2.OpenShareResponse]
+    """Shows a share (docs/PROTOCOLS.md); from then on reads and writes may name it."""
+    EndShare: _grpc.UnaryUnaryMultiCallable[_node_pb2.EndShareRequest, _node_pb2.EndShareResponse]
+    """Ends a share and all that were made of it. When this answers, nothing moves under it. Idempotent."""
+    ListShares: _grpc.UnaryUnaryMultiCallable[_node_pb2.ListSharesRequest, _node_pb2.ListSharesResponse]
+    """The shares of a lease that were shown here: all, or those below the caller's own."""
     Notices: _grpc.UnaryStreamMultiCallable[_node_pb2.NoticesRequest, _node_pb2.Notice]
     """The holder's data connection: notices come down it, and its end is the holder's end."""
 
@@ -71,6 +77,12 @@ class NodeServiceAsyncStub(NodeServiceStub):
     """One contiguous write of several messages and then one without data, which says that it is
     whole: a stream that breaks off before it has written nothing.
     """
+    OpenShare: _aio.UnaryUnaryMultiCallable[_node_pb2.OpenShareRequest, _node_pb2.OpenShareResponse]  # type: ignore[assignment]
+    """Shows a share (docs/PROTOCOLS.md); from then on reads and writes may name it."""
+    EndShare: _aio.UnaryUnaryMultiCallable[_node_pb2.EndShareRequest, _node_pb2.EndShareResponse]  # type: ignore[assignment]
+    """Ends a share and all that were made of it. When this answers, nothing moves under it. Idempotent."""
+    ListShares: _aio.UnaryUnaryMultiCallable[_node_pb2.ListSharesRequest, _node_pb2.ListSharesResponse]  # type: ignore[assignment]
+    """The shares of a lease that were shown here: all, or those below the caller's own."""
     Notices: _aio.UnaryStreamMultiCallable[_node_pb2.NoticesRequest, _node_pb2.Notice]  # type: ignore[assignment]
     """The holder's data connection: notices come down it, and its end is the holder's end."""
 
@@ -145,6 +157,30 @@ class NodeServiceServicer(metaclass=_abc_1.ABCMeta):
         """One contiguous write of several messages and then one without data, which says that it is
         whole: a stream that breaks off before it has written nothing.
         """
+
+    @_abc_1.abstractmethod
+    def OpenShare(
+        self,
+        request: _node_pb2.OpenShareRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.OpenShareResponse, _abc.Awaitable[_node_pb2.OpenShareResponse]]:
+        """Shows a share (docs/PROTOCOLS.md); from then on reads and writes may name it."""
+
+    @_abc_1.abstractmethod
+    def EndShare(
+        self,
+        request: _node_pb2.EndShareRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.EndShareResponse, _abc.Awaitable[_node_pb2.EndShareResponse]]:
+        """Ends a share and all that were made of it. When this answers, nothing moves under it. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ListShares(
+        self,
+        request: _node_pb2.ListSharesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ListSharesResponse, _abc.Awaitable[_node_pb2.ListSharesResponse]]:
+        """The shares of a lease that were shown here: all, or those below the caller's own."""
 
     @_abc_1.abstractmethod
     def Notices(

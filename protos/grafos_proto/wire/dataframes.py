@@ -22,7 +22,7 @@ from grafos_core.failure import FabricError
 VERSION: Final = 1
 REQUEST: Final = struct.Struct("<IBBHIIQ")
 ANSWER: Final = struct.Struct("<IBBHI")
-HELLO, OPEN, CLOSE = 1, 2, 3
+HELLO, OPEN, CLOSE, SHARE = 1, 2, 3, 4
 READ, WRITE, FLUSH, SWAP, ADD, READ_MANY, WRITE_MANY = 16, 17, 18, 19, 20, 21, 22
 OPS_USING: Final = frozenset({READ, WRITE, FLUSH, SWAP, ADD, READ_MANY, WRITE_MANY})
 """Those on an open handle, which count as one run when they follow each other."""
@@ -49,7 +49,7 @@ WORDS: Final = struct.Struct("<QQ")
 HELLO_ANSWER: Final = struct.Struct("<HHI")
 """Version, handles that may be open, milliseconds after which the node ends the connection."""
 OPEN_ANSWER: Final = struct.Struct("<QQ")
-"""Bytes of the lease, milliseconds that it has left."""
+"""Bytes of the lease or share, milliseconds that it has left."""
 JSON_BYTES_MAX: Final = 65_536
 
 

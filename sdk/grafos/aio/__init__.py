@@ -42,7 +42,10 @@ from grafos.aio._builder import BlockBuilder, MemBuilder
 from grafos.aio._lease import BlockLease, FabricBlock, FabricMem, Lease, MemLease
 
 if TYPE_CHECKING:
+    from grafos._share import ShareView
     from grafos.aio._fabric import Fabric, connect, local_fabric
+    from grafos.aio._share import Share
+    from grafos.aio._shared import SharedLease, open_share
 
 __all__ = [
     "BlockBuilder",
@@ -68,16 +71,31 @@ __all__ = [
     "RateLimited",
     "Revocation",
     "Revoked",
+    "Share",
+    "ShareView",
+    "SharedLease",
     "TeardownReceipt",
     "connect",
     "local_fabric",
+    "open_share",
 ]
+
+_ON_DEMAND = {
+    "Fabric": "grafos.aio._fabric",
+    "connect": "grafos.aio._fabric",
+    "local_fabric": "grafos.aio._fabric",
+    "Share": "grafos.aio._share",
+    "ShareView": "grafos._share",
+    "SharedLease": "grafos.aio._shared",
+    "open_share": "grafos.aio._shared",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("Fabric", "connect", "local_fabric"):
+    module = _ON_DEMAND.get(name)
+    if module is None:
         raise AttributeError(f"module 'grafos.aio' has no attribute {name!r}")
-    found = getattr(importlib.import_module("grafos.aio._fabric"), name)
+    found = getattr(importlib.import_module(module), name)
     globals()[name] = found
     return found
 

@@ -32,6 +32,10 @@ class Fabric:
         return self.sync.identity
 
     @property
+    def holder_key(self) -> str:
+        return self.sync.holder_key
+
+    @property
     def tenant(self) -> str:
         return self.sync.tenant
 

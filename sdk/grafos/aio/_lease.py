@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import functools
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NoReturn, Self, TypeVar
@@ -13,10 +14,13 @@ from grafos._lease import LeaseStatus
 from grafos._notice import Notice
 from grafos._receipt import TeardownReceipt
 from grafos.aio import _lanes
+from grafos.aio._share import Share
 from grafos.aio._twin import twin_of
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+    from grafos._share import ShareView
 
 LISTEN_S: Final = 0.05
 """How often somebody who waits for notices asks whether there are any."""
@@ -103,6 +107,23 @@ class Lease(Generic[S]):
 
     async def checkpoint_done(self) -> TeardownReceipt:
         return await _lanes.finish(self.sync.checkpoint_done)
+
+    async def share(
+        self,
+        *,
+        to: str,
+        ops: Iterable[str] | None = None,
+        offset: int = 0,
+        length: int | None = None,
+        ttl: float | timedelta | None = None,
+    ) -> Share:
+        call = functools.partial(
+            self.sync.share, to=to, ops=ops, offset=offset, length=length, ttl=ttl
+        )
+        return Share(await _lanes.do(call))
+
+    async def shares(self) -> list[ShareView]:
+        return await _lanes.do(self.sync.shares)
 
     async def release(self) -> TeardownReceipt:
         return await _lanes.finish(self.sync.release)

@@ -24,7 +24,7 @@ from grafos.testing._device import Slice
 from grafos.testing._keys import SigningKey, hex_of
 from grafos.testing._time import VirtualTime
 from grafos_core import commands as c
-from grafos_core import failure, jws, receipt
+from grafos_core import failure, jws, receipt, share
 from grafos_core import token as tokens
 from grafos_core.chain import Chain, Record
 from grafos_core.failure import FabricError
@@ -55,10 +55,12 @@ from grafos_core.node_effects import (
 )
 from grafos_core.receipt import ClearOrder
 from grafos_core.recollection import PROVING, Recollection
+from grafos_core.sharebook import Entry, ShareBook
 from grafos_core.surface_state import SurfaceState
 from grafos_core.teardown import Step
 from grafos_core.token import LeaseToken, audience_of
 from grafos_core.warden import TakeBack, WardenCore
+from grafos_proto.wire import es256
 
 if TYPE_CHECKING:
     from grafos.testing._wire import Network
@@ -108,6 +110,7 @@ class Agent:
         self._proofs: dict[str, tuple[int, str]] = {}
         self._slices: dict[tuple[str, int], Slice] = {}
         self._open: dict[str, Opened] = {}
+        self.shares = ShareBook()
         self._owners: dict[str, tuple[str, int]] = {}
         """Lease to its holder's key and its epoch, also of leases that are over."""
         self._journal: dict[str, Mapping[str, Any]] = {}
@@ -304,24 +307,65 @@ class Agent:
         return descriptor
 
     def operate(
-        self, who: Caller, lease_id: str, epoch: int, act: Callable[[Slice], bytes]
-    ) -> bytes:
+        self, who: Caller, lease_id: str, epoch: int, act: Callable[[Slice], bytes],
+        shown: str = "",
+    ) -> bytes:  # fmt: skip
         """Bytes move, between two looks at whether they may."""
-        owner, _ = self._owners.get(lease_id, ("", 0))
-        if owner != who.key:
-            raise failure.of("NOT_FOUND")
-        self._check_open(lease_id, epoch)
+        entry = self.shares.find(lease_id, shown, who.key) if shown else None
+        self._check_owner(lease_id, entry.holder_key if entry is not None else who.key)
+        self._check_open(lease_id, epoch, entry)
         data = act(self.slice_of(self._open[lease_id].facts))
-        self._check_open(lease_id, epoch)
+        self._check_open(lease_id, epoch, entry)
         return data
+
+    def _check_owner(self, lease_id: str, key: str) -> None:
+        owner, _ = self._owners.get(lease_id, ("", 0))
+        if owner != key:
+            raise failure.of("NOT_FOUND")
+
+    def show_share(self, text: str, who: Caller) -> tuple[Entry, list[str], int]:
+        """Its entry, what it allows and for how many milliseconds."""
+        chain = share.verify_chain(text, read_root=self._read_root, verify=es256.verify)
+        lease_id, epoch = chain.root.lease_id, chain.root.epoch
+        self._check_owner(lease_id, chain.root.holder_thumbprint)
+        self._check_open(lease_id, epoch)
+        now_ms, now_ns = self._time.now_ms, self._time.boot_ns()
+        share.judge(chain, key=who.key, name=who.name, now_ms=now_ms)
+        entry = self.shares.show(chain, key=who.key, now_ms=now_ms, now_ns=now_ns)
+        left_ms = max(0, entry.deadline_ns - now_ns) // 1_000_000
+        return entry, list(entry.scope.ops), left_ms
+
+    def share_offset(self, who: Caller, request: Any, op: str, length: int) -> int:
+        """Where a share begins, if it allows this."""
+        scope = self.shares.find(request.lease_id, request.share, who.key).scope
+        if op not in scope.ops:
+            raise failure.of("SCOPE", lease_id=request.lease_id)
+        if request.offset + length > scope.length:
+            raise failure.of("EXTENT", f"the share ends at {scope.length}")
+        return scope.offset
+
+    def speaker(self, lease_id: str, epoch: int, digest: str, who: Caller) -> str:
+        """In the name of which share somebody speaks; empty: of the lease."""
+        entry = self.shares.find(lease_id, digest, who.key) if digest else None
+        self._check_owner(lease_id, entry.holder_key if entry is not None else who.key)
+        self._check_open(lease_id, epoch, entry)
+        return entry.share_id if entry is not None else ""
+
+    def _read_root(self, token: str) -> LeaseToken:
+        read = LeaseToken.from_claims(jws.verify(token, jws.LEASE, self._keys))
+        if read.audience != audience_of(self.node_id, self.incarnation):
+            raise failure.of("TOKEN_AUDIENCE")
+        return read
 
     def remaining_ms(self, lease_id: str) -> int:
         views = self.core.leases(self._time.instant) if self.core else ()
         return next((view.remaining_ms for view in views if view.lease_id == lease_id), 0)
 
-    def _check_open(self, lease_id: str, epoch: int) -> None:
+    def _check_open(self, lease_id: str, epoch: int, entry: Entry | None = None) -> None:
         assert self.core is not None
         verdict = self.core.verdict(lease_id, epoch, self._time.instant)
+        if verdict is None and entry is not None:
+            verdict = entry.end(self._time.boot_ns())
         if verdict is not None:
             raise verdict
 
@@ -380,6 +424,7 @@ class Agent:
                 self._owners[effect.lease_id] = (effect.facts.holder_key, effect.facts.epoch)
             case ShutFront():
                 self._open.pop(effect.lease_id, None)
+                self.shares.forget(effect.lease_id)
                 where = (effect.lease_id, Step.QUIESCE, effect.attempt)
                 self._verb(self.core.step_done(*where, {}, now))
             case KillFront():

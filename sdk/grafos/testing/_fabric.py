@@ -15,6 +15,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from grafos._block import BLOCK_BYTES, BlockBuilder
 from grafos._cluster.layout import parse_size
 from grafos._connection import Fabric, _open
@@ -435,9 +437,10 @@ class VirtualFabric:
     def _connected(self, identity: Identity) -> NearFabric:
         self.start()
         drawn = hashlib.sha256(f"{identity}/{self._dice.getrandbits(64)}".encode()).digest()
-        who = Caller(identity, certificates.base64url(drawn))
+        private = ec.derive_private_key(int.from_bytes(drawn[1:], "big"), ec.SECP256R1())
+        who = Caller(identity, certificates.thumbprint(private.public_key()))
         made = NearFabric(
-            who, self._control, self._place, shared=self._shared, on_close=self._forget
+            who, private, self._control, self._place, shared=self._shared, on_close=self._forget
         )
         self._connections.append(made)
         self.connections_ever.append(made)

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from grafos import _clock
 from grafos._calls import persist
 from grafos._connection import Fabric
@@ -50,6 +52,8 @@ class Shown:
 
     identity: Identity
     thumbprint: str
+    key: ec.EllipticCurvePrivateKey
+    """What it shares with."""
     chain_pem: bytes = b"virtual"
 
 
@@ -190,21 +194,58 @@ class Desk:
         )
         return node_pb2.DetachResponse(remaining_ms=answer.remaining_ms)
 
+    def OpenShare(self, request: Any, who: Caller, timeout_ms: float) -> Any:
+        with self._time.lock:
+            entry, ops, left_ms = self._agent.show_share(request.chain, who)
+        return node_pb2.OpenShareResponse(
+            share=entry.digest, lease_id=entry.lease_id, epoch=entry.epoch,
+            size_bytes=entry.scope.length, remaining_ms=left_ms, ops=ops,
+        )  # fmt: skip
+
+    def EndShare(self, request: Any, who: Caller, timeout_ms: float) -> Any:
+        with self._time.lock:
+            by = self._agent.speaker(request.lease_id, request.epoch, request.by, who)
+            where = (request.lease_id, request.epoch, request.share_id)
+            ended = self._agent.shares.end(*where, by=by)
+        return node_pb2.EndShareResponse(ended=len(ended))
+
+    def ListShares(self, request: Any, who: Caller, timeout_ms: float) -> Any:
+        with self._time.lock:
+            below = self._agent.speaker(request.lease_id, request.epoch, request.by, who)
+            views = self._agent.shares.tree(
+                request.lease_id, below=below, now_ns=self._time.boot_ns()
+            )
+        return node_pb2.ListSharesResponse(shares=[
+            node_pb2.ShareView(
+                share_id=each.share_id, parent_id=each.parent_id, depth=each.depth,
+                to=str(each.scope.to), ops=each.scope.ops, offset=each.scope.offset,
+                length=each.scope.length, remaining_ms=each.remaining_ms, state=each.state,
+            )
+            for each in views
+        ])  # fmt: skip
+
     def Read(self, request: Any, who: Caller, timeout_ms: float) -> Any:
         with self._time.lock:
+            at, length = request.offset, request.length
+            if request.share:
+                at += self._agent.share_offset(who, request, "read", length)
             data = self._agent.operate(
                 who, request.lease_id, request.epoch,
-                lambda slice_: slice_.read(request.offset, request.length),
+                lambda slice_: slice_.read(at, length), request.share,
             )  # fmt: skip
         return node_pb2.ReadResponse(data=data, checksum=zlib.crc32(data), offset=request.offset)
 
     def Write(self, request: Any, who: Caller, timeout_ms: float) -> Any:
-        def act(slice_: Any) -> bytes:
-            slice_.write(request.offset, request.data)
-            return b""
-
         with self._time.lock:
-            self._agent.operate(who, request.lease_id, request.epoch, act)
+            at = request.offset
+            if request.share:
+                at += self._agent.share_offset(who, request, "write", len(request.data))
+
+            def act(slice_: Any) -> bytes:
+                slice_.write(at, request.data)
+                return b""
+
+            self._agent.operate(who, request.lease_id, request.epoch, act, request.share)
         return node_pb2.WriteResponse(written=len(request.data))
 
     def _bind(self, verb: str, request: Any, who: Caller, timeout_ms: float) -> Any:
@@ -324,11 +365,11 @@ class NearFabric(Fabric):
     _is_virtual = True
 
     def __init__(
-        self, who: Caller, control: Control, place: Place, *, shared: bool,
-        on_close: Callable[[NearFabric], None],
+        self, who: Caller, private: ec.EllipticCurvePrivateKey, control: Control, place: Place, *,
+        shared: bool, on_close: Callable[[NearFabric], None],
     ) -> None:  # fmt: skip
         self.who = who
-        shown: Any = Shown(who.identity, who.key)
+        shown: Any = Shown(who.identity, who.key, private)
         super().__init__("virtual:control", lambda: shown, on_close=lambda: on_close(self))
         self._admission: Any = NearPeer(Party.control(control), who, place)
         self._control, self._place, self._shared = control, place, shared

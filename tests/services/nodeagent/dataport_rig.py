@@ -22,6 +22,7 @@ from services.nodeagent.datapath import DataPath, Ended, LeaseTable, MemoryStora
 from services.nodeagent.dataport import DataPort, Terms
 from services.nodeagent.gatepage import CellState, GatePage
 from services.nodeagent.sessions import Sessions
+from services.nodeagent.shares import Shares
 
 DOMAIN, NODE = "test.local", Identity("test.local", Role.NODE, None, "n1")
 DEADLINE_MS = 1 << 40
@@ -88,13 +89,20 @@ class Rig:
         self.node = self.credentials(NODE)
         self.gate, self.table = GatePage.create(16), LeaseTable()
         self.broken: list[str] = []
+        self.proved_roots: list[str] = []
+        self.shares = Shares(self.table, self.proved_roots.append, self.clock)
         self.data = DataPath(
-            self.gate, self.table, self.clock.boot_ns, lambda lease, why: self.broken.append(why)
+            self.gate,
+            self.table,
+            self.clock.boot_ns,
+            lambda lease, why: self.broken.append(why),
+            self.shares,
         )
         self.sessions = Sessions(Watchman())
         self.path = folder / "p" / "d.sock"
         self.tls_port = 0
-        self.port = DataPort(self.data, self.sessions, lambda: self.node, Terms(DOMAIN, self.clock))
+        terms = Terms(DOMAIN, self.clock)
+        self.port = DataPort(self.data, self.sessions, lambda: self.node, terms, self.shares)
         self.port.listen_unix(self.path)
         self._slots = iter(range(16))
 
