@@ -632,7 +632,9 @@ class TestForgetting:
         memory = take(fabric).mem()
         gc.collect()
         memory.write(0, b"x")
-        memory._lease.release()
+        held = memory._lease
+        assert isinstance(held, MemLease)
+        held.release()
 
     def test_what_is_over_or_kept_is_forgotten_quietly(self, world: World, fabric: Fabric) -> None:
         with warnings.catch_warnings():

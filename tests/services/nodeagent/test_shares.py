@@ -6,6 +6,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from grafos_proto.v1 import node_pb2
 from grafos_proto.wire import dataframes as frames
 from grafos_proto.wire import es256
 from grafos_proto.wire.credentials import Credentials
-from services.nodeagent.datapath import Ended, OpenLease
+from services.nodeagent.datapath import OpenLease
 from services.nodeagent.sharedesk import ShareDesk
 from services.runtime.calls import Peer
 from tests.services.nodeagent.dataport_rig import EPOCH, Caller, Rig, Shelf
@@ -37,8 +38,9 @@ class Town(Rig):
         super().__init__(folder)
         self.alice, self.bob, self.cid = (self.holder(name) for name in ("alice", "bob", "cid"))
         self.leased = self.lease(self.alice, SIZE)
-        self.shelf = self.leased.storage
-        assert isinstance(self.shelf, Shelf)
+        storage = self.leased.storage
+        assert isinstance(storage, Shelf)
+        self.shelf: Shelf = storage
         self.shelf.write(0, bytes(range(256)) * (SIZE // 256))
         self.remembered: list[tuple[str, int, str, str]] = []
         self.desk = ShareDesk(
@@ -87,7 +89,7 @@ class Town(Rig):
         assert found is not None
         return found
 
-    def end(self, who: Credentials, share_id: str, by: str = "") -> Any:
+    def strike(self, who: Credentials, share_id: str, by: str = "") -> Any:
         request = node_pb2.EndShareRequest(
             lease_id=self.leased.lease_id, epoch=EPOCH, share_id=share_id, by=by
         )
@@ -316,7 +318,7 @@ class TestEnds:
             town.clock.boot_skew_ms = 30_000
 
         town.shelf.meanwhile = wait
-        _kind, _, cause = read(bob, 0, 1)
+        kind, _, cause = read(bob, 0, 1)
         assert kind == frames.REFUSAL
         assert isinstance(cause, LeaseExpired)
         bob.close()
@@ -363,11 +365,11 @@ class TestEnding:
         assert entry.in_flight == 1
         for _ in range(2):  # asked again, it is still there
             with pytest.raises(FabricError) as refused:
-                town.end(town.alice, entry.share_id)
+                town.strike(town.alice, entry.share_id)
             assert refused.value.code == "RETRY_LATER"
         go_on.set()
         assert refusal(bob.hear()) == "REVOKED"
-        assert town.end(town.alice, entry.share_id).ended == 1
+        assert town.strike(town.alice, entry.share_id).ended == 1
         assert entry.in_flight == 0
         assert town.remembered[0] == (town.leased.lease_id, EPOCH, entry.share_id, "")
         bob.close()
@@ -377,7 +379,7 @@ class TestEnding:
         town.opened(chain, town.bob).close()
         entry = town.entry(chain, town.bob.thumbprint)
         town.data.enter(town.leased)
-        assert town.end(town.alice, entry.share_id).ended == 1
+        assert town.strike(town.alice, entry.share_id).ended == 1
         town.data.leave(town.leased)
 
     def test_a_share_s_operation_holds_up_the_teardown_of_its_lease(self, town: Town) -> None:
@@ -394,16 +396,16 @@ class TestEnding:
         bob, cid = town.opened(to_bob, town.bob), town.opened(to_cid, town.cid)
         of_cid = to_cid.lineage[-1]
         with pytest.raises(FabricError) as refused:
-            town.end(town.bob, of_cid)  # as if the lease were his
+            town.strike(town.bob, of_cid)  # as if the lease were his
         assert refused.value.code == "NOT_FOUND"
         with pytest.raises(FabricError) as refused:
-            town.end(town.bob, of_cid, by=to_cid.digest)  # as if the share were his
+            town.strike(town.bob, of_cid, by=to_cid.digest)  # as if the share were his
         assert refused.value.code == "NOT_FOUND"
-        assert town.end(town.bob, of_cid, by=to_bob.digest).ended == 0
+        assert town.strike(town.bob, of_cid, by=to_bob.digest).ended == 0
         assert read(cid, 0, 1)[0] == frames.DATA
-        assert town.end(town.bob, to_bob.lineage[-1], by=to_bob.digest).ended == 1
+        assert town.strike(town.bob, to_bob.lineage[-1], by=to_bob.digest).ended == 1
         with pytest.raises(FabricError) as refused:
-            town.end(town.bob, of_cid, by=to_bob.digest)
+            town.strike(town.bob, of_cid, by=to_bob.digest)
         assert refused.value.code == "REVOKED", "who is out has no say any more"
         for each in (bob, cid):
             each.close()
@@ -430,19 +432,15 @@ class TestEnding:
     @pytest.mark.parametrize("share_id", ["", "x", "A" * 32, "0" * 33])
     def test_an_id_that_is_none_is_refused(self, town: Town, share_id: str) -> None:
         with pytest.raises(FabricError) as refused:
-            town.end(town.alice, share_id)
+            town.strike(town.alice, share_id)
         assert refused.value.code == "IDENTIFIER"
 
 
 def town_end(town: Town, cause: FabricError) -> None:
-    """As control does: the gate, the cause, the table; and the book forgets."""
-    town.gate.close_control(town.leased.slot)
-    town.table.remember(town.leased.lease_id, Ended(town.leased.holder_key, cause))
-    town.table.shut(town.leased.lease_id)
+    """As control does; and the book forgets."""
+    town.end(town.leased, cause)
     town.shares.forget(town.leased.lease_id)
 
 
 def taken_by(lease: OpenLease, key: str) -> OpenLease:
-    from dataclasses import replace
-
     return replace(lease, holder_key=key, generation=lease.generation + 1)

@@ -73,6 +73,15 @@ class Node(node_pb2_grpc.NodeServiceServicer):
     def Notices(self, request: Any, context: Any) -> Iterator[Any]:
         yield self._do("Notices", request, context, node_pb2.Notice())
 
+    def OpenShare(self, request: Any, context: Any) -> Any:
+        return self._do("OpenShare", request, context, node_pb2.OpenShareResponse())
+
+    def EndShare(self, request: Any, context: Any) -> Any:
+        return self._do("EndShare", request, context, node_pb2.EndShareResponse())
+
+    def ListShares(self, request: Any, context: Any) -> Any:
+        return self._do("ListShares", request, context, node_pb2.ListSharesResponse())
+
     def Read(self, request: Any, context: Any) -> Any:
         return self._do("Read", request, context, node_pb2.ReadResponse(data=b"read"))
 
