@@ -84,6 +84,8 @@ class Fabric:
         self._nodes: dict[tuple[str, str], NodeLine] = {}
         self._leases: weakref.WeakValueDictionary[str, Lease] = weakref.WeakValueDictionary()
         self._abandoned: deque[Grip] = deque()
+        self._shares_left: deque[tuple[NodeLine, str]] = deque()
+        """Shares that nobody has open any more; their finalizers take no lock."""
         self._notices: deque[Notice] = deque()
         self._pulse = Pulse(self)
         _open.add(self)
@@ -321,10 +323,16 @@ class Fabric:
         """Take what the nodes have said, and run the callbacks that wait. Never waits."""
         for node in list(self._nodes.values()):
             node.poll()
+        while self._shares_left:
+            try:
+                node, share = self._shares_left.popleft()
+            except IndexError:  # another thread was faster
+                break
+            node.leave_share(share)
         while self._notices and not self._pulse.is_quiet():
             try:
                 notice = self._notices.popleft()
-            except IndexError:  # another thread was faster
+            except IndexError:
                 return
             concerned = self._leases.get(notice.lease_id)
             if concerned is not None:

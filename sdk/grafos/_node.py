@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from grafos import _clock
 from grafos._calls import Peer, new_request_id
@@ -26,6 +27,9 @@ from grafos_core.lease import EndCause
 from grafos_core.spiffe import Identity, Role
 from grafos_proto.v1 import node_pb2, node_pb2_grpc
 from grafos_proto.wire.credentials import Provider
+
+if TYPE_CHECKING:
+    from grafos_core.share import Chain
 
 CHUNK_BYTES_MAX: Final = 196_608
 """Of one call: the node refuses more. A multiple of a block."""
@@ -70,6 +74,8 @@ class NodeLine:
         self._lost_since_ms: int | None = None
         self._shared: dict[str, tuple[str, str]] = {}
         """What the node calls a share, to the lease that it is of and its chain."""
+        self._sharing: Counter[str] = Counter()
+        """Of these, how many have it open here."""
 
     def bind(self, verb: str, token: str) -> tuple[Any, int]:
         """`Bind` or `Attach`: the answer, and when its request was sent, by boottime."""
@@ -121,24 +127,37 @@ class NodeLine:
         sent_ms = _clock.boot_ms()
         request = node_pb2.OpenShareRequest(chain=chain)
         opened = self._peer.ask("OpenShare", request, BIND_MS_MAX)
-        self._shared[opened.share] = opened.lease_id, chain
+        with self._lock:
+            self._shared[opened.share] = opened.lease_id, chain
+            self._sharing[opened.share] += 1
         self._find_port(opened)
         if self._port is not None:
             self._port.add_share(opened.share, chain)
         return opened, sent_ms
 
     def leave_share(self, target: str) -> None:
-        self._shared.pop(target, None)
+        """One of those who have it open needs it no more. Does no I/O."""
+        with self._lock:
+            self._sharing[target] -= 1
+            if self._sharing[target] > 0:
+                return
+            del self._sharing[target]
+            self._shared.pop(target, None)
         if self._port is not None:
             self._port.leave_share(target)
 
-    def end_share(self, lease_id: str, epoch: int, share_id: str, by: str) -> None:
-        request = node_pb2.EndShareRequest(lease_id=lease_id, epoch=epoch, share_id=share_id, by=by)
-        self._ask_about(by, "EndShare", request, RELEASE_MS_MAX)
+    def end_share(self, giver: Chain, epoch: int, share_id: str, by: str) -> None:
+        """`by`: what the node calls the share that `giver` ends with; empty: it is a lease's."""
+        request = node_pb2.EndShareRequest(
+            lease_id=giver.root.lease_id, epoch=epoch, share_id=share_id, by=by
+        )
+        self._ask_about(giver.text if by else "", "EndShare", request, RELEASE_MS_MAX)
 
-    def shares(self, lease_id: str, epoch: int, by: str) -> Any:
-        request = node_pb2.ListSharesRequest(lease_id=lease_id, epoch=epoch, by=by)
-        return self._ask_about(by, "ListShares", request, DETACH_MS_MAX).shares
+    def shares(self, giver: Chain, epoch: int, by: str) -> Any:
+        """As `end_share`: what is below it."""
+        request = node_pb2.ListSharesRequest(lease_id=giver.root.lease_id, epoch=epoch, by=by)
+        chain = giver.text if by else ""
+        return self._ask_about(chain, "ListShares", request, DETACH_MS_MAX).shares
 
     def _named(self, target: str) -> dict[str, str]:
         """How a lease, or a share by what the node calls it, is named in a call."""
@@ -147,15 +166,19 @@ class NodeLine:
             return {"lease_id": target}
         return {"lease_id": shared[0], "share": target}
 
-    def _ask_about(self, target: str, method: str, request: Any, timeout_ms: float) -> Any:
-        """A front that was started again has not seen a share: it is shown once more."""
-        end_ms, shared = _clock.boot_ms() + timeout_ms, self._shared.get(target)
+    def _chain(self, target: str) -> str:
+        """Of a share, by what the node calls it; empty for a lease."""
+        return self._shared.get(target, ("", ""))[1]
+
+    def _ask_about(self, chain: str, method: str, request: Any, timeout_ms: float) -> Any:
+        """A front that was started again has not seen a share: its chain is shown once more."""
+        end_ms = _clock.boot_ms() + timeout_ms
         try:
             return self._peer.ask(method, request, timeout_ms)
         except Denied as refused:
-            if shared is None or refused.code != "NOT_FOUND":
+            if not chain or refused.code != "NOT_FOUND":
                 raise
-        again = node_pb2.OpenShareRequest(chain=shared[1])
+        again = node_pb2.OpenShareRequest(chain=chain)
         self._peer.ask("OpenShare", again, end_ms - _clock.boot_ms())
         return self._peer.ask(method, request, end_ms - _clock.boot_ms())
 
@@ -170,12 +193,13 @@ class NodeLine:
                 return port.read(lease_id, epoch, offset, length, timeout_ms)
             except PortDown:
                 pass  # the calls below reach the node, or say that nothing does
+        chain = self._chain(lease_id)
         for at in range(offset, offset + length, CHUNK_BYTES_MAX):
             wanted = min(CHUNK_BYTES_MAX, offset + length - at)
             request = node_pb2.ReadRequest(
                 **self._named(lease_id), epoch=epoch, offset=at, length=wanted
             )
-            answer = self._ask_about(lease_id, "Read", request, end_ms - _clock.boot_ms())
+            answer = self._ask_about(chain, "Read", request, end_ms - _clock.boot_ms())
             if len(answer.data) != wanted or answer.offset != at:
                 raise failure.of("LENGTH", "the node's answer", lease_id=lease_id, epoch=epoch)
             if zlib.crc32(answer.data) != answer.checksum:
@@ -204,6 +228,7 @@ class NodeLine:
                 return
             except PortDown:
                 pass
+        chain = self._chain(lease_id)
         for start in range(0, max(1, len(view)), CHUNK_BYTES_MAX):
             part = bytes(view[start : start + CHUNK_BYTES_MAX])
             request = node_pb2.WriteRequest(
@@ -216,7 +241,7 @@ class NodeLine:
                 has_checksum=True,
                 flush=flush and start + CHUNK_BYTES_MAX >= len(view),
             )
-            answer = self._ask_about(lease_id, "Write", request, end_ms - _clock.boot_ms())
+            answer = self._ask_about(chain, "Write", request, end_ms - _clock.boot_ms())
             if answer.written != len(part):
                 raise failure.of("LENGTH", "the node's answer", lease_id=lease_id, epoch=epoch)
 

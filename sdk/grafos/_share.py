@@ -139,14 +139,14 @@ class Giver:
 
     def end(self, share_id: str) -> None:
         try:
-            self.node.end_share(self.chain.root.lease_id, self.epoch, share_id, self.by)
+            self.node.end_share(self.chain, self.epoch, share_id, self.by)
         except FabricError as refused:
             if end_of(refused) is None:
                 raise
 
     def tree(self) -> list[ShareView]:
         """What was shown to the node of this and of what was made of it."""
-        found = self.node.shares(self.chain.root.lease_id, self.epoch, self.by)
+        found = self.node.shares(self.chain, self.epoch, self.by)
         return [
             ShareView(
                 each.share_id, each.parent_id, each.depth, each.to, tuple(each.ops), each.offset,
@@ -286,8 +286,11 @@ class SharedLease:
         trace: TracebackType | None,
     ) -> None:
         """Use it no more; it can be opened again."""
-        self._grip.node.leave_share(self._target)
         self._finish(failure.of("CLOSED", "the share"))
+
+    def __del__(self) -> None:
+        if getattr(self, "_end", self) is None and not self._fabric.is_forked:
+            self._fabric._shares_left.append((self._grip.node, self._target))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a share is opened by the process that it is for: pass its text on")
@@ -329,8 +332,10 @@ class SharedLease:
 
     def _finish(self, cause: FabricError) -> None:
         with self._lock:
-            if self._end is None:
-                self._end, self._until_ns = cause, 0
+            if self._end is not None:
+                return
+            self._end, self._until_ns = cause, 0
+        self._grip.node.leave_share(self._target)
 
     def _giver(self) -> Giver:
         return Giver(self._fabric, self._grip.node, self._chain, self.epoch, self._target)

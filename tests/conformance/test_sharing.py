@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +24,9 @@ from grafos import (
     open_share,
 )
 from grafos._connection import to_cluster
+from grafos._local import LocalFabric
 from grafos.testing import VirtualFabric
-from tests.conformance.conftest import Running
+from tests.conformance.conftest import Running, real_only
 
 BLOCK = 4096
 
@@ -207,13 +210,12 @@ def test_its_own_time_ends_it(
     share = open_share(given.text, fabric=reader)
     assert 0 < share.remaining_ms() <= 1000
     assert share.mem().read(1, 1) == b"\x01"
+    careless = open_share(given.text, fabric=reader)
+    careless._until_ns = 1 << 62  # whatever he believes
     let_pass(1.1)
-    for _ in range(2):
+    for each in (share, share, careless, careless):
         with refused(LeaseExpired, "LEASE_EXPIRED"):
-            share.mem().read(0, 1)
-    share._end, share._until_ns = None, 1 << 62  # whatever he believes
-    with refused(LeaseExpired, "LEASE_EXPIRED"):
-        share.mem().read(0, 1)
+            each.mem().read(0, 1)
     with refused(LeaseExpired, "LEASE_EXPIRED"):
         open_share(given.text, fabric=reader)
     assert lease.mem().read(1, 1) == b"\x01"
@@ -284,3 +286,67 @@ def test_blocks_are_shared_by_the_block(running: Running, reader: Fabric) -> Non
             with refused(Denied, "SCOPE"):
                 share.mem()
         assert lease.block().read_blocks(0, 2) == bytes(BLOCK) + b"\xff" * BLOCK
+
+
+def test_two_who_have_it_open_in_one_process_do_not_close_it_for_each_other(
+    lease: grafos.MemLease, reader: Fabric
+) -> None:
+    text = lease.share(to=reader.holder_key).text
+    one, two = (open_share(text, fabric=reader) for _ in range(2))
+    with one:
+        assert one.mem().read(1, 1) == b"\x01"
+    assert two.mem().read(1, 1) == b"\x01"
+    with refused(grafos.Disconnected, "CLOSED"):
+        one.mem().read(1, 1)
+    del two
+    reader.poll()
+    node = next(iter(reader._nodes.values()))
+    assert (node._shared, dict(node._sharing)) == ({}, {})
+
+
+def test_a_text_that_is_none_is_refused_before_anybody_is_asked(
+    lease: grafos.MemLease, reader: Fabric
+) -> None:
+    text = lease.share(to=reader.holder_key).text
+    chain, _, endpoint = text.partition("#")
+    for bad in (
+        "", "#", chain, f"{chain}#", f"#{endpoint}", f"{chain}#ftp://x", f"{chain}#{endpoint} x",
+        f"{chain}#dns:///x:1", "A" * 9000, f"{chain.partition('~')[0]}#{endpoint}",
+    ):  # fmt: skip
+        with pytest.raises(Denied) as raised:
+            open_share(bad, fabric=reader)
+        assert raised.value.code.startswith("TOKEN_"), bad
+
+
+@real_only
+def test_a_front_that_is_killed_costs_its_shares_nothing_but_a_moment(
+    running: Running, lease: grafos.MemLease, another: Callable[[], Fabric]
+) -> None:
+    assert isinstance(running, LocalFabric)
+    left, right = another(), another()
+    to_left = lease.share(to=left.holder_key)
+    a = open_share(to_left.text, fabric=left)
+    to_right = a.share(to=right.holder_key)
+    b = open_share(to_right.text, fabric=right)
+    assert a.mem().read(1, 1) == b.mem().read(1, 1) == b"\x01"
+    front = running.pids()["node-n1/front"]
+    os.kill(front, signal.SIGKILL)
+    for each in (a, b):
+        until(lambda: each.mem().read(1, 1) == b"\x01")  # noqa: B023
+    a._grip.node._port = None  # by calls, to a front that has not been shown it by this one
+    os.kill(running.pids()["node-n1/front"], signal.SIGKILL)
+    until(lambda: a.mem().read(1, 1) == b"\x01")
+    to_right.end()
+    with refused(Revoked, "REVOKED"):
+        b.mem().read(0, 1)
+
+
+def until(what: Callable[[], bool]) -> None:
+    """True within five seconds; whoever cannot be reached meanwhile is asked again."""
+    for _ in range(100):
+        try:
+            assert what()
+            return
+        except grafos.Disconnected:
+            threading.Event().wait(0.05)
+    raise AssertionError("it never came true")
