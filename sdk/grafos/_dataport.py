@@ -12,30 +12,22 @@ and the caller goes another way for a while. A forked child closes its copy and 
 
 from __future__ import annotations
 
-import socket
-import struct
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Protocol
 
 from grafos import _clock
+from grafos._dataport_ways import RECEIVE_BYTES, Connect, Stream
 from grafos._notice import Notice, Tell, notice_of
 from grafos_core import failure
 from grafos_core.failure import Degraded, Disconnected, FabricError, InternalError, RateLimited
-from grafos_core.spiffe import Identity
 from grafos_proto.wire import dataframes as frames
 
-if TYPE_CHECKING:
-    from grafos_proto.wire.credentials import Credentials, Provider
-
-TICK_S: Final = 0.05
-"""A wait looks at the time this often."""
 CONNECT_MS_MAX: Final = 3_000
 DOWN_MS_MIN, DOWN_MS_MAX = 50, 1_000
 """How long the port is left alone after it could not be had; doubles each time."""
 AGE_PART: Final = 0.5
 """Of the age at which the node ends a connection; we leave it then."""
-RECEIVE_BYTES: Final = 64 * 1024
 SMALL_BYTES_MAX: Final = 32 * 1024
 """What is larger is received where it belongs, and not in a buffer before."""
 WRITE_BYTES: Final = 256 * 1024
@@ -44,28 +36,6 @@ READ_BYTES: Final = frames.DATA_BYTES_MAX
 TAG_MASK: Final = (1 << 32) - 1
 _REQUEST, _ANSWER = frames.REQUEST.pack, frames.ANSWER.unpack_from
 _HEADER: Final = frames.ANSWER.size
-_TIMEVAL: Final = struct.Struct("ll")
-
-
-class Stream(Protocol):
-    """A connected, proved stream. What would wait longer than `TICK_S` raises BlockingIOError."""
-
-    def receive(self, count: int, *, whole: bool = False) -> bytes:
-        """At most `count` bytes, empty at the end; `whole`: rather all of them than soon."""
-
-    def receive_into(self, view: memoryview) -> int: ...
-
-    def receive_now(self) -> bytes:
-        """What is here; BlockingIOError where nothing is."""
-
-    def send(self, data: bytes | memoryview, *, more: bool = False) -> int:
-        """How many bytes were taken; `more`: another part of them follows at once."""
-
-    def close(self) -> None: ...
-
-
-Connect = Callable[[float], Stream]
-"""Makes one, within so many milliseconds."""
 
 
 class PortDown(Exception):
@@ -671,137 +641,3 @@ class Line:
     def _check_time(self, end_ms: float) -> None:
         if _clock.boot_ms() >= end_ms:
             raise failure.of("DEADLINE", "data port")
-
-
-class UnixStream:
-    """To a node on this machine; the kernel bounds each wait, once and for all."""
-
-    def __init__(self, path: str) -> None:
-        self._sock = sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            bound = _TIMEVAL.pack(0, int(TICK_S * 1_000_000))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bound)
-            sock.connect(path)
-        except BaseException:
-            sock.close()
-            raise
-
-    def greet(self, provider: Provider, peer: Identity, timeout_ms: float) -> None:
-        from grafos_proto.wire import ttrpc  # loads gRPC, which a program may never need
-
-        ttrpc.greet(self._sock, provider(), peer, timeout_ms / 1000)
-
-    def receive(self, count: int, *, whole: bool = False) -> bytes:
-        return self._sock.recv(count, socket.MSG_WAITALL if whole else 0)
-
-    def receive_into(self, view: memoryview) -> int:
-        return self._sock.recv_into(view, 0, socket.MSG_WAITALL)
-
-    def receive_now(self) -> bytes:
-        return self._sock.recv(RECEIVE_BYTES, socket.MSG_DONTWAIT)
-
-    def send(self, data: bytes | memoryview, *, more: bool = False) -> int:
-        return self._sock.send(data, socket.MSG_NOSIGNAL | (socket.MSG_MORE if more else 0))
-
-    def close(self) -> None:
-        self._sock.close()
-
-
-def connect_unix(path: str, provider: Provider, peer: Identity) -> Connect:
-    """To the port of a node on this machine."""
-
-    def connect(timeout_ms: float) -> Stream:
-        stream = UnixStream(path)
-        try:
-            stream.greet(provider, peer, timeout_ms)
-        except BaseException:
-            stream.close()
-            raise
-        return stream
-
-    return connect
-
-
-class TlsStream:
-    """To a node elsewhere."""
-
-    def __init__(
-        self, host: str, port: int, ours: Credentials, peer: Identity, timeout_ms: float
-    ) -> None:
-        from grafos_proto.wire import tls  # loads ssl, which holders on the node's machine spare
-
-        raw = socket.create_connection((host, port), timeout_ms / 1000)
-        try:
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._sock = tls.client_context(ours).wrap_socket(
-                raw, server_hostname=tls.server_name(peer)
-            )
-        except BaseException:
-            raw.close()
-            raise
-        try:
-            shown = tls.shown(self._sock)
-            if shown.identity != peer:
-                raise failure.of("IDENTITY", f"expected {peer}, met {shown.identity}")
-            self._sock.settimeout(TICK_S)
-        except BaseException:
-            self._sock.close()
-            raise
-
-    def receive(self, count: int, *, whole: bool = False) -> bytes:
-        try:
-            return self._sock.recv(count)
-        except TimeoutError:
-            raise BlockingIOError from None
-
-    def receive_into(self, view: memoryview) -> int:
-        try:
-            return self._sock.recv_into(view)
-        except TimeoutError:
-            raise BlockingIOError from None
-
-    def receive_now(self) -> bytes:
-        import ssl
-
-        self._sock.settimeout(0)
-        try:
-            return self._sock.recv(RECEIVE_BYTES)
-        except ssl.SSLWantReadError:
-            raise BlockingIOError from None
-        finally:
-            self._sock.settimeout(TICK_S)
-
-    def send(self, data: bytes | memoryview, *, more: bool = False) -> int:
-        """What timed out is sent again as it is: TLS has kept its place in it."""
-        try:
-            return self._sock.send(data)
-        except TimeoutError:
-            raise BlockingIOError from None
-
-    def close(self) -> None:
-        self._sock.close()
-
-
-def connect_tls(host: str, port: int, provider: Provider, peer: Identity) -> Connect:
-    """To the port of a node on another machine."""
-
-    def connect(timeout_ms: float) -> Stream:
-        return TlsStream(host, port, provider(), peer, timeout_ms)
-
-    return connect
-
-
-def first_of(*connects: Connect) -> Connect:
-    """The first that works: a path may be there and be another node's."""
-
-    def connect(timeout_ms: float) -> Stream:
-        end_ms = _clock.boot_ms() + timeout_ms
-        for each in connects[:-1]:
-            try:
-                return each(max(1, end_ms - _clock.boot_ms()))
-            except (OSError, FabricError):
-                continue
-        return connects[-1](max(1, end_ms - _clock.boot_ms()))
-
-    return connect

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from grafos import _clock
 from grafos._calls import Peer, new_request_id
-from grafos._dataport import Connect, DataPort, PortDown, connect_tls, connect_unix, first_of
+from grafos._dataport import DataPort, PortDown
+from grafos._dataport_ways import Connect, connect_tls, connect_unix, first_of
 from grafos._notice import Notice
 from grafos._session import LocalSession, Session, StreamSession
 from grafos_core import failure

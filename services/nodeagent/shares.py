@@ -187,6 +187,7 @@ def _narrowed(whole: OpenLease, entry: Entry) -> OpenLease:
         ops=whole.ops & frozenset(scope.ops),
         storage=window,
         descriptor=False,
+        handed=False,
         session="",
         share=entry,
         whole=whole,

@@ -15,7 +15,8 @@ import pytest
 
 from grafos import BlockBuilder, Degraded, Incompatible, MemBuilder, MemLease, Revoked
 from grafos._connection import Fabric
-from grafos._dataport import DataPort, PortDown, connect_unix
+from grafos._dataport import DataPort, PortDown
+from grafos._dataport_ways import connect_unix
 from grafos._node import NodeLine
 from grafos_core import failure
 from grafos_core.failure import Disconnected, LeaseExpired
