@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from grafos._connection import Fabric, connect
     from grafos._local import local_fabric
     from grafos._share import Share, SharedLease, ShareView, open_share
+    from grafos._view import FabricView
 
 __all__ = [
     "BlockBuilder",
@@ -54,6 +55,7 @@ __all__ = [
     "FabricBlock",
     "FabricError",
     "FabricMem",
+    "FabricView",
     "Failure",
     "Fenced",
     "Incompatible",
@@ -78,6 +80,7 @@ __all__ = [
 
 _ON_DEMAND = {
     "Fabric": "grafos._connection",
+    "FabricView": "grafos._view",
     "connect": "grafos._connection",
     "local_fabric": "grafos._local",
     "Share": "grafos._share",
@@ -85,7 +88,7 @@ _ON_DEMAND = {
     "SharedLease": "grafos._share",
     "open_share": "grafos._share",
 }
-"""Names whose modules load gRPC or start processes."""
+"""Names whose modules load gRPC, start processes, or are what few need."""
 
 
 def __getattr__(name: str) -> Any:

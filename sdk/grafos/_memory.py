@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Final, NoReturn, TypeVar
 
 from grafos._builder import Builder
 from grafos._clock import boot_ns
-from grafos._lease import Lease, not_there_yet
+from grafos._lease import Lease
 from grafos_core import failure
 from grafos_core.failure import Degraded, FabricError
 from grafos_proto.wire import word
@@ -34,9 +35,11 @@ if TYPE_CHECKING:
 
     from grafos._dataport import DataPort
     from grafos._share import SharedLease
+    from grafos._view import FabricView
 
 _pread, _pwrite, _lseek = os.pread, os.pwrite, os.lseek
 _END: Final = os.SEEK_END
+_views_lock = threading.Lock()
 _P = TypeVar("_P")
 
 
@@ -57,9 +60,10 @@ class Memory:
 class MemLease(Lease):
     """A lease on memory."""
 
-    __slots__ = ("_memory",)
+    __slots__ = ("_memory", "_views")
     kind: ClassVar[str] = "mem"
     _memory: Memory | None
+    _views: weakref.WeakSet[FabricView]
 
     def mem(self) -> FabricMem:
         """The handle to the bytes."""
@@ -67,6 +71,7 @@ class MemLease(Lease):
 
     def _take_memory(self, fd: int | None) -> None:
         self._memory = None if fd is None else Memory(fd, self._size_bytes)
+        self._views = weakref.WeakSet()
 
     def _is_cut(self) -> bool:
         memory = self._memory
@@ -74,6 +79,10 @@ class MemLease(Lease):
 
     def _let_go(self) -> None:
         self._memory = None
+        with _views_lock:
+            views = list(self._views)
+        for view in views:
+            view._guard.put_zeros(view)
 
 
 class FabricMem:
@@ -240,9 +249,35 @@ class FabricMem:
             else:
                 self.write(*some[0])
 
-    def map(self, *_: Any, **__: Any) -> NoReturn:
-        """Not there yet."""
-        raise not_there_yet("map")
+    def map(self, offset: int = 0, length: int | None = None) -> FabricView:
+        """The bytes themselves, mapped into this process: `length` of them, or all, from `offset`.
+
+        For a `with` block, at the end of which is said whether the lease covered all of it.
+
+        Raises:
+            Incompatible: code EXTENT, not all of it lies within the lease; code OPTION, the memory
+                is on another machine, or this one is not x86-64 Linux.
+            LeaseExpired, Revoked, Fenced: the lease is over.
+        """
+        from grafos._view import FabricView  # what few need
+
+        lease = self._lease
+        lease._look()
+        size = lease._size_bytes
+        wanted = size - offset if length is None else length
+        if offset < 0 or wanted <= 0 or offset + wanted > size:
+            raise self._outside(offset, wanted)
+        memory = lease._memory
+        if memory is None or not isinstance(lease, MemLease):
+            why = "map: the memory is on another machine, or shared: read and write"
+            raise failure.of("OPTION", why)
+        view = FabricView(lease, memory, offset, wanted)
+        with _views_lock:
+            lease._views.add(view)
+        if lease._memory is None:  # it ended while we were at it
+            view.close()
+            raise lease._verdict()
+        return view
 
     def __reduce__(self) -> NoReturn:
         self._lease.__reduce__()

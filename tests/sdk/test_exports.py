@@ -25,6 +25,7 @@ PUBLIC = [
     "FabricBlock",
     "FabricError",
     "FabricMem",
+    "FabricView",
     "Failure",
     "Fenced",
     "Incompatible",

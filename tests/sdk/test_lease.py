@@ -744,13 +744,6 @@ class TestHandingOn:
                 with pytest.raises(TypeError, match=r"attach|connect"):
                     move(each)
 
-    def test_what_is_not_there_yet_says_so(self, fabric: Fabric) -> None:
-        with take(fabric) as lease:
-            memory = lease.mem()
-            with pytest.raises(Incompatible, match="map") as refused:
-                memory.map()
-            assert refused.value.code == "OPTION"
-
 
 class TestLooking:
     def test_the_ledgers_view_of_leases(self, world: World, fabric: Fabric) -> None:

@@ -43,6 +43,7 @@ from grafos.aio._lease import BlockLease, FabricBlock, FabricMem, Lease, MemLeas
 
 if TYPE_CHECKING:
     from grafos._share import ShareView
+    from grafos._view import FabricView
     from grafos.aio._fabric import Fabric, connect, local_fabric
     from grafos.aio._share import Share
     from grafos.aio._shared import SharedLease, open_share
@@ -58,6 +59,7 @@ __all__ = [
     "FabricBlock",
     "FabricError",
     "FabricMem",
+    "FabricView",
     "Failure",
     "Fenced",
     "Incompatible",
@@ -82,6 +84,7 @@ __all__ = [
 
 _ON_DEMAND = {
     "Fabric": "grafos.aio._fabric",
+    "FabricView": "grafos._view",
     "connect": "grafos.aio._fabric",
     "local_fabric": "grafos.aio._fabric",
     "Share": "grafos.aio._share",

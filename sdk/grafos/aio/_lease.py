@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
     from grafos._share import ShareView
+    from grafos._view import FabricView
 
 LISTEN_S: Final = 0.05
 """How often somebody who waits for notices asks whether there are any."""
@@ -193,6 +194,9 @@ class FabricMem:
     @property
     def path(self) -> str:
         return self.sync.path
+
+    def map(self, offset: int = 0, length: int | None = None) -> FabricView:
+        return self.sync.map(offset, length)
 
     async def read(self, offset: int, length: int) -> bytes:
         return await _lanes.do(lambda: self.sync.read(offset, length))
