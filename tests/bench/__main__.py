@@ -30,6 +30,7 @@ from tests.bench import (
     read_64,
     reclaim,
     report,
+    view,
 )
 from tests.bench.child import ChildError
 from tests.bench.harness import Bench, Result
@@ -42,6 +43,7 @@ ROWS: Final[dict[str, tuple[str, Callable[[Bench, Result], None]]]] = {
     for row in (
         lease_cycle,
         read_64,
+        view,
         reclaim,
         acquire_rate,
         far_reads,
