@@ -21,6 +21,7 @@ from typing import Any, Final
 from grafos_core import jws, token
 from grafos_core.failure import FabricError
 from grafos_core.jws import Keys
+from grafos_core.share import SEPARATOR, Chain, VerifyWithKey, over, verify_chain
 from grafos_core.token import LeaseToken
 
 OK: Final = "ok"
@@ -51,6 +52,8 @@ class Expected:
     holder_thumbprint: str | None = None
     """Of the key of whoever shows it."""
     now_ms: int | None = None
+    holder_name: str | None = None
+    """SPIFFE id of whoever shows it. Only shares are ever made out to a name."""
 
 
 @dataclass(slots=True)
@@ -108,6 +111,51 @@ def examine(text: str | bytes, expected: Expected) -> Examination:
     else:
         _ask_meaning(seen, seen.token, expected)
     return seen
+
+
+def examine_chain(text: str, expected: Expected, verify: VerifyWithKey) -> Examination:
+    """All that can be asked of a share, and of what it was made of.
+
+    The time of the root, and whose it is, are no matter: it is for binding, and another's. What is
+    asked in their place is asked of the last share.
+    """
+    seen = examine(text.partition(SEPARATOR)[0], expected)
+    seen.checks = [each for each in seen.checks if each.name not in ("time", "holder")]
+    root, found = seen.token, []
+    if root is None:
+        seen.skip("its root cannot be read", "shares", "time", "holder")
+        return seen
+
+    def follow() -> None:
+        found.append(verify_chain(text, read_root=lambda _: root, verify=verify))
+
+    if not seen.ask("shares", follow, "each follows from the one before it, and allows no more"):
+        seen.skip("what it allows is not proved", "time", "holder")
+        return seen
+    _ask_share(seen, found[0], expected)
+    return seen
+
+
+def _ask_share(seen: Examination, chain: Chain, expected: Expected) -> None:
+    scope = chain.scope
+    now_ms, key, name = expected.now_ms, expected.holder_thumbprint, expected.holder_name
+
+    def in_time() -> None:
+        if now_ms is not None and now_ms >= scope.end_ms:
+            raise over(chain.root.lease_id, chain.root.epoch)
+
+    def his() -> None:
+        if not scope.to.is_met_by(key=key or "", name=name or ""):
+            jws.refuse("HOLDER_MISMATCH")
+
+    if now_ms is None:
+        seen.skip("not known here", "time")
+    else:
+        seen.ask("time", in_time, f"until {scope.end_ms} ms")
+    if (key if scope.to.key else name) is None:
+        seen.skip("not known here", "holder")
+    else:
+        seen.ask("holder", his, str(scope.to))
 
 
 def _ask_signature(

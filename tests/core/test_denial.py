@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from grafos_core import denial
 from grafos_core.denial import FAILED, OK, UNKNOWN, Expected, examine
 from grafos_core.jws import LEASE, Keys, mint
+from grafos_core.share import Recipient
+from grafos_proto.wire import es256
+from tests.core import test_share as shares
 from tests.core.test_token import (
     AUDIENCE,
     CATALOGUE,
@@ -97,3 +100,37 @@ def test_a_token_that_contradicts_itself_is_judged_in_the_rest_all_the_same() ->
     node = replace(NODE, holder_thumbprint="z")
     failed = [each.code for each in examine(raw, node).checks if each.outcome == FAILED]
     assert failed == ["TOKEN_TTL", "HOLDER_MISMATCH"]
+
+
+class TestChains:
+    def outcome(self, text: str, **known: Any) -> dict[str, str]:
+        seen = denial.examine_chain(text, Expected(**known), es256.verify)
+        return {each.name: each.code or each.outcome for each in seen.checks}
+
+    def test_of_a_share_time_and_holder_are_its_own(self) -> None:
+        chain = shares.deep(2).text
+        found = self.outcome(chain, holder_thumbprint=shares.THUMBS[2], now_ms=shares.NOW_MS)
+        assert (found["shares"], found["time"], found["holder"]) == (OK, OK, OK)
+        late = self.outcome(chain, holder_thumbprint=shares.THUMBS[1], now_ms=shares.END_MS)
+        assert (late["shares"], late["time"]) == (OK, "LEASE_EXPIRED")
+        assert late["holder"] == "HOLDER_MISMATCH"
+
+    def test_a_slip_that_does_not_follow_leaves_the_rest_unproved(self) -> None:
+        root, first, second = shares.deep(2).text.split("~")
+        found = self.outcome(f"{root}~{second}~{first}", now_ms=shares.NOW_MS)
+        assert found["shares"] == "TOKEN_CLAIM"
+        assert (found["time"], found["holder"]) == (UNKNOWN, UNKNOWN)
+
+    def test_a_root_that_cannot_be_read_ends_it(self) -> None:
+        found = self.outcome("a.b.c~d.e.f")
+        assert (found["claims"], found["shares"]) == ("TOKEN_ENCODING", UNKNOWN)
+
+    def test_a_share_for_a_name_is_asked_by_name(self) -> None:
+        name = "spiffe://grafos.local/tenant/a/holder/bob"
+        wish = shares.scope(to=1)
+        wish = replace(wish, to=Recipient(name=name))
+        chain = shares.minted(shares.start(), wish, 0).text
+        at = {"holder_thumbprint": shares.THUMBS[1], "now_ms": shares.NOW_MS}
+        assert self.outcome(chain, **at)["holder"] == UNKNOWN
+        assert self.outcome(chain, holder_name=name, **at)["holder"] == OK
+        assert self.outcome(chain, holder_name=name + "by", **at)["holder"] == "HOLDER_MISMATCH"

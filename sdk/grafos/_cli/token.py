@@ -14,6 +14,7 @@ import binascii
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +25,7 @@ from grafos._cli.nouns import Tree
 from grafos._cli.output import Column, Listing
 from grafos_core import denial, failure, jws, token
 from grafos_core.denial import Check, Examination, Expected
+from grafos_core.share import SEPARATOR
 from grafos_core.spiffe import Identity, Role
 
 if TYPE_CHECKING:
@@ -62,17 +64,21 @@ def _read(given: argparse.Namespace) -> str:
         raise failure.of("INVALID", f"{given.file} cannot be read: {error}") from None
     if not text.strip():
         raise failure.of("EMPTY", "a token is expected in the file, or on standard input")
-    return text.strip()
+    return text.strip().partition("#")[0]  # behind it a share says where its node is
 
 
 def _inspect(given: argparse.Namespace) -> int:
-    seen = denial.examine(_read(given), Expected())
-    if not seen.header and not seen.claims:
+    slips = [denial.examine(slip, Expected()) for slip in _read(given).split(SEPARATOR)]
+    if not any(each.header or each.claims for each in slips):
         raise failure.of("TOKEN_ENCODING", "neither header nor claims can be read")
     if given.output == "json":
-        print(json.dumps({"header": seen.header, "claims": seen.claims}, sort_keys=True))
-    else:
-        print(output.facts(_facts(seen)), end="")
+        whole = [{"header": each.header, "claims": each.claims} for each in slips]
+        print(json.dumps(whole[0] if len(whole) == 1 else whole, sort_keys=True))
+        return OK
+    for number, each in enumerate(slips):
+        if number:
+            print(f"\nshare {number}, of the one above")
+        print(output.facts(_facts(each)), end="")
     return OK
 
 
@@ -94,9 +100,9 @@ def _with_time(name: str, value: Any) -> str:
 
 def _why(given: argparse.Namespace) -> int:
     text = _read(given)
-    expected = Expected(now_ms=given.at or _clock.wall_ms(), holder_thumbprint=_holder(given))
+    expected = _shown_by(given)
     if given.keys:
-        seen = denial.examine(text, _by_file(given, text, expected))
+        seen = _examined(text, _by_file(given, text, expected))
         seen.skip("no fabric was asked", "lease")
     else:
         seen = _asked(given, text, expected)
@@ -123,8 +129,9 @@ def _asked(given: argparse.Namespace, text: str, expected: Expected) -> Examinat
             token.audience_of(node_id, audiences.get(node_id, "gone")),
             expected.holder_thumbprint,
             expected.now_ms,
+            expected.holder_name,
         )
-        seen = denial.examine(text, known)
+        seen = _examined(text, known)
         _ask_ledger(seen, operator)
         return seen
 
@@ -161,9 +168,7 @@ def _by_file(given: argparse.Namespace, text: str, expected: Expected) -> Expect
         raise failure.of("INVALID", f"{given.keys}: {what} ({type(error).__name__})") from None
     node_id = given.node or _own_node(text)
     audience = token.audience_of(node_id, nodes[node_id]) if node_id in nodes else None
-    return Expected(
-        _keys(keys), _issuer(domain), audience, expected.holder_thumbprint, expected.now_ms
-    )
+    return replace(expected, keys=_keys(keys), issuer=_issuer(domain), audience=audience)
 
 
 def _save(path: Path, snapshot: ledger_pb2.SnapshotResponse, trust_domain: str) -> None:
@@ -193,18 +198,33 @@ def _issuer(trust_domain: str) -> str:
 
 def _own_node(text: str) -> str:
     """The node that a token names; where it names none, the question fails by itself."""
-    return str(denial.examine(text, Expected()).claims.get("aud", "")).partition("/")[0]
+    root = text.partition(SEPARATOR)[0]
+    return str(denial.examine(root, Expected()).claims.get("aud", "")).partition("/")[0]
 
 
-def _holder(given: argparse.Namespace) -> str | None:
-    if given.holder_key or not given.identity_dir:
-        return given.holder_key or None
+def _shown_by(given: argparse.Namespace) -> Expected:
+    """Who showed it, and when, as far as that was said."""
+    now_ms = given.at or _clock.wall_ms()
+    if not given.identity_dir:
+        return Expected(holder_thumbprint=given.holder_key or None, now_ms=now_ms)
     from grafos_proto.wire.credentials import IdentityFiles
 
     try:
-        return IdentityFiles(Path(given.identity_dir))().thumbprint
+        known = IdentityFiles(Path(given.identity_dir))()
     except OSError as error:
         raise failure.of("INVALID", f"{given.identity_dir}: {error.strerror}") from None
+    return Expected(
+        holder_thumbprint=given.holder_key or known.thumbprint, now_ms=now_ms,
+        holder_name=str(known.identity),
+    )  # fmt: skip
+
+
+def _examined(text: str, expected: Expected) -> Examination:
+    from grafos_proto.wire import es256
+
+    if SEPARATOR in text:
+        return denial.examine_chain(text, expected, es256.verify)
+    return denial.examine(text, expected)
 
 
 def _answer(seen: Examination) -> dict[str, Any]:

@@ -252,6 +252,18 @@ class TestToken:
         assert ask("lease", "revoke", lease_id, "--reason", "tried", "--wait").returncode == 0
         assert self.why(ask, str(slip))[1] == {"lease": "EPOCH_BURNT"}
 
+    def test_a_share_is_asked_about_as_a_whole(self, ask: Cli, slip: Path) -> None:
+        with MemBuilder().min_bytes(8192).where(node="n1").acquire() as lease:
+            friend = "spiffe://grafos.local/tenant/default/holder/friend"
+            slip.write_text(lease.share(ops=("read",), to=friend).text)
+            shown = ask("token", "inspect", str(slip)).stdout
+            assert "share 1, of the one above" in shown
+            assert friend in shown
+            checks = json.loads(ask("token", "why-denied", str(slip), "-o", "json").stdout)
+            found = {each["check"]: each["outcome"] for each in checks["checks"]}
+            assert (found["signature"], found["shares"], found["lease"]) == ("ok", "ok", "ok")
+            assert (found["holder"], checks["verdict"]) == ("unknown", "not certain")
+
     def test_without_a_fabric_saved_keys_do(self, cli: Cli, ask: Cli, slip: Path) -> None:
         keys = str(slip.with_name("keys.json"))
         assert ask("token", "why-denied", str(slip), "--save-keys", keys).returncode == 1
