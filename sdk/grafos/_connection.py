@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from grafos import _clock, _defaults, _identity, observe
 from grafos._calls import Peer, new_request_id
 from grafos._cluster import description
+from grafos._fences import Fence, fence_of
 from grafos._lease import LIVE, Grip, Lease, LeaseStatus, count_end, duration_ms
 from grafos._node import NodeLine
 from grafos._notice import Notice
@@ -148,6 +149,14 @@ class Fabric:
             if not page.next or page.next == after:
                 return
             after = page.next
+
+    def fences(self, *, node: str = "") -> list[Fence]:
+        """Slices whose teardown failed, of leases that this identity may see: why, and since when.
+
+        What their node has found since is for operators: `grafos fence describe`.
+        """
+        found = self.leases(node=node, state=LeaseState.FENCED.value)
+        return [fence_of(each, _clock.wall_ms()) for each in found]
 
     def keys(self, *, node: str = "") -> list[NodeKey]:
         """The public keys with which receipts are verified: of all nodes, or of this one.

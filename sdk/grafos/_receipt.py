@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from grafos_core import failure
 
 if TYPE_CHECKING:
+    from grafos_core.chain import Record
     from grafos_core.jws import Keys as CoreKeys
     from grafos_core.receipt import TeardownReceipt as CoreReceipt
 
@@ -37,6 +38,19 @@ class VerificationKey(Protocol):
 
     @property
     def public_key(self) -> bytes: ...
+
+
+class Named(Protocol):
+    """What a receipt is to be about: a lease, or whatever remembers these three of it."""
+
+    @property
+    def lease_id(self) -> str: ...
+
+    @property
+    def node_id(self) -> str: ...
+
+    @property
+    def epoch(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +88,34 @@ class TeardownReceipt:
     record_number: int = 0
     """Of the record in the node's audit chain, with its hash."""
     record_hash: str = ""
+    incarnation: str = ""
+    """Of the node: made anew when its state is."""
+    boot_epoch: int = 0
+    """Of the node's agent when this was signed."""
+    amount: int = 0
+    """What was taken back, in the kind's unit."""
+    cleared: str = ""
+    """Where it was fenced, on whose word it is free: `operator`, `policy`; or `residue`, where
+    an operator accepted that something may be left."""
     signed: str = field(default="", repr=False)
     """The slip as the node signed it; empty where no receipt came."""
 
-    def verify(self, keys: CoreKeys | Iterable[VerificationKey]) -> TeardownReceipt:
+    def verify(
+        self,
+        keys: CoreKeys | Iterable[VerificationKey],
+        *,
+        lease: Named | None = None,
+        records: Iterable[Record] | None = None,
+    ) -> TeardownReceipt:
         """This receipt, if it is signed by a key of the node that it speaks of.
 
         Args:
             keys: what `Fabric.keys()` gives; or keys kept from elsewhere. One whose owner names an
                 incarnation is believed for that incarnation alone.
+            lease: what it is to be about, so that no genuine receipt of another lease or epoch
+                passes for it.
+            records: of the node's chain, as `grafos.audit.records` reads them from an export; the
+                one that this receipt names must be among them, and say the same.
 
         Raises:
             Denied: code RECEIPT; there is no signature, or it proves something else.
@@ -94,8 +127,19 @@ class TeardownReceipt:
         said = _claims(self.signed)
         if _made_of(said, self.signed, credited=self.credited) != self:
             raise failure.of("RECEIPT", "it says something else than what was signed")
-        receipt.verify(self.signed, keys if isinstance(keys, jws.Keys) else _keys(keys, said))
+        found = receipt.verify(
+            self.signed, keys if isinstance(keys, jws.Keys) else _keys(keys, said)
+        )
+        if lease is not None:
+            self._check_about(lease)
+        if records is not None:
+            _check_recorded(found, records)
         return self
+
+    def _check_about(self, lease: Named) -> None:
+        ours = (self.lease_id, self.node_id, self.epoch)
+        if ours != (lease.lease_id, lease.node_id, lease.epoch):
+            raise failure.of("RECEIPT", "it is about another lease", lease_id=self.lease_id)
 
     @property
     def revoke_stage(self) -> str:
@@ -107,6 +151,17 @@ class TeardownReceipt:
     def frees(self) -> bool:
         """Whether the node has taken the resource back."""
         return self.outcome in ("torndown", "nothing_created", "cleared")
+
+
+def _check_recorded(found: CoreReceipt, records: Iterable[Record]) -> None:
+    from grafos_core import evidence  # for those who have the node's chain
+
+    where = (found.node_id, found.incarnation, found.record_number)
+    for record in records:
+        if (record.origin, record.incarnation, record.number) == where:
+            evidence.judge_record(found, record)
+            return
+    raise failure.of("RECEIPT", "its record is not there", lease_id=found.lease_id)
 
 
 def from_slip(text: str, *, credited: bool) -> TeardownReceipt:
@@ -139,6 +194,10 @@ def _made_of(found: CoreReceipt, text: str, *, credited: bool) -> TeardownReceip
         duration_us=found.duration_us,
         record_number=found.record_number,
         record_hash=found.record_hash,
+        incarnation=found.incarnation,
+        boot_epoch=found.boot_epoch,
+        amount=found.amount,
+        cleared=found.cleared.value if found.cleared else "",
         signed=text,
     )
 

@@ -199,7 +199,8 @@ class LedgerServicer(ledger_pb2_grpc.LedgerServiceServicer):
 
     def List(self, request: Any, context: grpc.ServicerContext) -> admission_pb2.ListLeasesResponse:
         wanted, limit = _wanted(request), min(request.limit or LIST_DEFAULT, LIST_MAX)
-        ended = request.state == lease_pb2.LEASE_STATE_RELEASED or bool(request.prefix)
+        ended = request.state == lease_pb2.LEASE_STATE_RELEASED
+        ended = ended or bool(request.prefix or request.cleared)
 
         def copy(lessor: Lessor, now_ms: int) -> tuple[list[Lease], int]:
             found = list(lessor.state.leases.values())
@@ -348,6 +349,7 @@ def _wanted(ask: Any) -> Callable[[Lease], bool]:
             and state in (None, lease.state)
             and ask.holder in ("", lease.holder)
             and ask.tenant in ("", lease.tenant)
+            and ask.cleared in ("", lease.cleared)
         )
 
     return wanted

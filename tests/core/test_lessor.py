@@ -47,6 +47,69 @@ def test_placement_answers_as_written_down(path: Path) -> None:
     run_golden(path, lessor_script.interpreter())
 
 
+def ends_of_all_kinds() -> lessor_script.Script:
+    """Leases in every state that is charged: pending, active, ending, fenced, with a clear ordered
+    and without."""
+    script = lessor_script.Script()
+    script.answer(
+        """at 1000
+register n1 block=64 live=- policy=on
+grant a block 4 n1
+grant b block 4 n1
+grant c block 4 n1
+grant d block 4 n1
+grant e block 4 n1
+bound b
+bound c
+bound d
+bound e
+end c release
+credit d fenced
+credit e fenced
+clear e reason=looked residue=accept"""
+    )
+    return script
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bound a", "end a release", "end b release", "end b revoked grace=500", "end b revoked",
+        "burn a", "burn c", "clear d reason=looked", "clear e reason=again residue=accept",
+        "renew b", "attach b", "mode n1 draining", "register n1 block=64 live=- policy=on boot=2",
+        "register n1 block=64 live=-", "forget n1", "quota t block amount=1", "publish k",
+        "credit a fenced", "credit b fenced", "credit c fenced", "credit d fenced",
+        "credit d torndown", "credit d nothing_created", "credit d cleared by=operator",
+        "credit d cleared by=residue", "credit b nothing_created", "credit b cleared by=operator",
+        "credit b cleared by=policy", "credit c cleared by=residue", "credit b torndown epoch=9",
+        "credit b torndown signer=n2", "credit b torndown node=n2", "at 9000000\ntick",
+        "at 9000000\ntick\nregister n1 block=64 live=- boot=2\ntick",
+    ],
+)  # fmt: skip
+def test_nothing_but_the_receipt_of_its_end_frees_capacity(words: str) -> None:
+    script = ends_of_all_kinds()
+    before = script.lessor.node_view(NodeId("n1"), script.now_ms).books[Kind.BLOCK]
+    script.answer(words)
+    if "n1" in script.lessor.state.nodes:
+        book = script.lessor.state.nodes[NodeId("n1")].books[Kind.BLOCK]
+        assert book.view(available=True).free <= before.free
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "credit a nothing_created", "credit b torndown", "credit c torndown",
+        "credit d cleared by=policy", "credit e cleared by=operator", "credit e cleared by=residue",
+    ],
+)  # fmt: skip
+def test_the_receipt_of_its_end_frees_exactly_that_slice(words: str) -> None:
+    script = ends_of_all_kinds()
+    before = script.lessor.node_view(NodeId("n1"), script.now_ms).books[Kind.BLOCK]
+    script.answer(words)
+    after = script.lessor.node_view(NodeId("n1"), script.now_ms).books[Kind.BLOCK]
+    assert after.free == before.free + 4
+
+
 def test_no_lease_leaves_released() -> None:
     assert not TRANSITIONS[LeaseState.RELEASED]
     assert {LeaseState.RELEASED} | HELD == set(LeaseState)

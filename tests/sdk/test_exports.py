@@ -105,6 +105,7 @@ BLOCK = [
 FABRIC = [
     "close",
     "describe",
+    "fences",
     "holder_key",
     "identity",
     "keys",

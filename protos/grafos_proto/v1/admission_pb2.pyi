@@ -370,6 +370,7 @@ class ListLeasesRequest(_message.Message):
     PREFIX_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
+    CLEARED_FIELD_NUMBER: _builtins.int
     kind: _lease_pb2.Kind.ValueType
     """unspecified: all"""
     node_id: _builtins.str
@@ -382,6 +383,8 @@ class ListLeasesRequest(_message.Message):
     """0: 1000, at most 10000"""
     after: _builtins.str
     """lease id: the page's start, exclusive"""
+    cleared: _builtins.str
+    """only those whose fence was cleared on this word"""
     def __init__(
         self,
         *,
@@ -393,10 +396,11 @@ class ListLeasesRequest(_message.Message):
         prefix: _builtins.str = ...,
         limit: _builtins.int = ...,
         after: _builtins.str = ...,
+        cleared: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "holder", b"holder", "kind", b"kind", "limit", b"limit", "node_id", b"node_id", "prefix", b"prefix", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "cleared", b"cleared", "holder", b"holder", "kind", b"kind", "limit", b"limit", "node_id", b"node_id", "prefix", b"prefix", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from grafos import _clock
 from grafos._cli import output
@@ -22,7 +22,7 @@ from grafos_core.failure import Disconnected, FabricError
 
 if TYPE_CHECKING:
     from grafos._cli.operator import Operator
-    from grafos_proto.v1 import lease_pb2
+    from grafos_proto.v1 import lease_pb2, node_pb2
 
 CLEAR_MS_MAX = 10_000
 LOOK_MS = 100
@@ -37,6 +37,10 @@ def register(tree: Tree) -> None:
     noun = tree.noun("fence", "slices whose teardown failed")
     listing = noun.verb("list", "what is fenced, and since when", _list)
     listing.add_argument("--node", default="", help="only at this node")
+    listing.add_argument(
+        "--residue", action="store_true",
+        help="what was cleared though something may have been left, of all times",
+    )  # fmt: skip
     output.add_flags(listing)
     describe = noun.verb("describe", "what is known of one fence", _describe)
     describe.add_argument("lease_id", help="or the beginning of it")
@@ -50,8 +54,8 @@ def register(tree: Tree) -> None:
     clear.add_argument("lease_id", nargs="+", help="or the beginning of it")
     clear.add_argument("--reason", required=True, help="recorded with your name")
     clear.add_argument(
-        "--i-accept-residue", action="store_true",
-        help="free it though nothing proves that it is empty",
+        "--accept-residue", "--i-accept-residue", action="store_true", dest="accept_residue",
+        help="free it even where it is not measured clean; stands in receipt and listing for ever",
     )  # fmt: skip
     clear.add_argument("--no-wait", action="store_true", help="do not wait for it to be free")
 
@@ -63,28 +67,81 @@ def _list(given: argparse.Namespace) -> int:
     with Operator(given) as operator:
 
         def fetch() -> list[dict[str, object]]:
-            fenced = operator.leases(state=lease_pb2.LEASE_STATE_FENCED, node_id=given.node)
-            return [lease_row(lease) for lease in fenced]
+            wanted: dict[str, Any] = {"state": lease_pb2.LEASE_STATE_FENCED}
+            if given.residue:
+                wanted = {"cleared": "residue"}
+            return [lease_row(lease) for lease in operator.leases(node_id=given.node, **wanted)]
 
-        return output.show(given, fetch, FENCES)
+        return output.show(given, fetch, RESIDUES if given.residue else FENCES)
 
 
 def _describe(given: argparse.Namespace) -> int:
     from grafos._cli.operator import Operator, lease_row
 
     with Operator(given) as operator:
-        row = lease_row(_fenced(operator, given.lease_id))
+        lease = _fenced(operator, given.lease_id)
+        row, probes = lease_row(lease), _probes(operator, lease)
     if given.output == "json":
-        print(json.dumps(row, sort_keys=True))
+        print(json.dumps(row | {"probes": probes}, sort_keys=True))
         return OK
     evidence = [(f"  {name}", value) for name, value in row["fence_evidence"].items()]
     facts = [
         ("lease", row["lease_id"]), ("slice", f"{size(row)} of {row['kind']} at {row['node_id']}"),
         ("epoch", row["epoch"]), ("cause", row["fence_cause"]), ("since", _since(row)),
-        ("ended by", row["cause"]), ("holder", row["holder"]), *evidence,
+        ("ended by", row["cause"]), ("holder", row["holder"]), *evidence, *_told(probes),
     ]  # fmt: skip
     print(output.facts(facts), end="")
     return OK
+
+
+def _probes(operator: Operator, lease: lease_pb2.Lease) -> dict[str, Any] | None:
+    """What the node has found since; None: it does not answer."""
+    from grafos_proto.v1 import node_pb2
+
+    request = node_pb2.ListNodeLeasesRequest(lease_id=lease.lease_id)
+    try:
+        found = operator.node(lease.node_id, "ListLeases", request).leases
+    except Disconnected:
+        return None
+    if not found or not found[0].HasField("fence"):
+        return None
+    fence = found[0].fence
+    return {
+        "count": fence.probes, "next_ms": fence.next_probe_ms,
+        "latest": _finding(fence.latest) if fence.HasField("latest") else None,
+        "findings": [_finding(each) for each in fence.findings],
+    }  # fmt: skip
+
+
+def _finding(found: node_pb2.Finding) -> dict[str, Any]:
+    return {
+        "number": found.number, "at_ms": found.at_ms, "clean": found.clean, "asked": found.asked,
+        "evidence": dict(found.evidence),
+    }  # fmt: skip
+
+
+def _told(probes: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """The last look, and those before it that found something else."""
+    if probes is None:
+        return [("probes", "its node does not answer")]
+    due = f"the next in {output.duration(probes['next_ms'])}"
+    if probes["latest"] is None:
+        return [("probes", f"none yet, {due}")]
+    told = [("probes", f"{probes['count']}, {due}"), ("last", _line(probes["latest"]))]
+    return told + [(f"  #{each['number']}", _line(each)) for each in reversed(probes["findings"])]
+
+
+def _line(finding: dict[str, Any]) -> str:
+    verdict = "clean" if finding["clean"] else "not clean"
+    asked = ", asked for" if finding["asked"] else ""
+    found = finding["evidence"]
+    listed = ", ".join(f"{name} {value}" for name, value in sorted(found.items()))
+    evidence = found.get("cause") or listed
+    return f"{verdict}, {_ago(finding['at_ms'])} ago{asked}: {evidence or 'nothing measured'}"
+
+
+def _ago(at_ms: int) -> str:
+    return output.duration(max(0, _clock.wall_ms() - at_ms))
 
 
 def _probe(given: argparse.Namespace) -> int:
@@ -134,7 +191,7 @@ def _order(operator: Operator, lease_id: str, given: argparse.Namespace) -> None
 
     order = ledger_pb2.ClearFence(
         request_id=new_request_id(), lease_id=lease_id, reason=given.reason,
-        accept_residue=given.i_accept_residue,
+        accept_residue=given.accept_residue,
     )  # fmt: skip
     operator.commit(ledger_pb2.Command(clear=order))
 
@@ -180,7 +237,7 @@ def _measured(operator: Operator, lease: lease_pb2.Lease) -> tuple[bool, dict[st
 
 
 def _since(row: Row) -> str:
-    return output.duration(max(0, _clock.wall_ms() - (row["fenced_at_ms"] or 0)))
+    return _ago(row["fenced_at_ms"] or 0)
 
 
 FENCES = Listing(
@@ -198,4 +255,9 @@ FENCES = Listing(
     ],
     name=lambda row: str(row["lease_id"]),
     empty="nothing is fenced",
+)
+RESIDUES = Listing(
+    [*FENCES.columns[:4], Column("FENCED", _since), *FENCES.columns[5:]],
+    name=FENCES.name,
+    empty="nothing was freed with residue",
 )

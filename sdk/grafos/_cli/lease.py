@@ -115,6 +115,11 @@ def _bound(answer: Any) -> str:
     return f"at the latest in {output.duration(wait_ms)}"
 
 
+def _state(row: Row) -> str:
+    notes = ["unconfirmed"] * row["unconfirmed"] + ["residue"] * (row["cleared"] == "residue")
+    return str(row["state"]) + (f" ({', '.join(notes)})" if notes else "")
+
+
 def left(row: Row) -> str:
     """How long a lease has still to go, by this machine's clock."""
     if row["state"] not in ("pending", "active"):
@@ -140,9 +145,7 @@ LEASES = Listing(
         Column("LEASE", lambda row: row["lease_id"][:12]),
         Column("KIND", lambda row: row["kind"]),
         Column("SIZE", size),
-        Column(
-            "STATE", lambda row: row["state"] + (" (unconfirmed)" if row["unconfirmed"] else "")
-        ),
+        Column("STATE", _state),
         Column("NODE", lambda row: row["node_id"]),
         Column("LEFT", left),
         Column("TENANT", lambda row: row["tenant"]),

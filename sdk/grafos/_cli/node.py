@@ -53,6 +53,7 @@ def _row(node: Any) -> dict[str, Any]:
         "closed_gates": dict(node.readiness.closed_gates), "lease_count": node.lease_count,
         "evidence_age_ms": node.evidence_age_ms, "front": node.front_endpoint,
         "control": node.control_endpoint, "labels": dict(node.labels),
+        "clears_proved_clean": node.clears_proved_clean,
         "capacity": {
             kind_name(book.kind): {
                 "total": book.total, "free": book.free, "leased": book.leased,
@@ -142,6 +143,9 @@ NODES = Listing(
         Column("MEMORY FREE", lambda row: _free(row, "mem")),
         Column("BLOCKS FREE", lambda row: _free(row, "block")),
         Column("FENCED", lambda row: _held(row, "fenced")),
+        Column(
+            "CLEARS", lambda row: "proved clean" if row["clears_proved_clean"] else "-", wide=True
+        ),
         Column("ENDING", lambda row: _held(row, "ending"), wide=True),
         Column("WITHHELD", lambda row: _held(row, "withheld"), wide=True),
         Column("BOOT", lambda row: row["boot_epoch"], wide=True),

@@ -185,4 +185,5 @@ def lease_row(lease: lease_pb2.Lease) -> dict[str, Any]:
         "fence_cause": lease.fence_cause, "fence_evidence": dict(lease.fence_evidence),
         "fenced_at_ms": lease.fenced_at_ms or None, "grace_ms": lease.grace_ms,
         "key_ids": list(lease.key_ids), "on_disconnect": lease.policy.on_disconnect,
+        "cleared": lease.cleared,
     }  # fmt: skip

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from grafos import _connection, _local
+from grafos._fences import Fence
 from grafos._receipt import NodeKey
 from grafos._revocation import Revocation
 from grafos.aio import _lanes
@@ -70,6 +71,9 @@ class Fabric:
         found = self.sync.leases(kind=kind, node=node, holder=holder, state=state, prefix=prefix)
         while (each := await _lanes.do(lambda: next(found, None))) is not None:
             yield each
+
+    async def fences(self, *, node: str = "") -> list[Fence]:
+        return await _lanes.do(lambda: self.sync.fences(node=node))
 
     async def keys(self, *, node: str = "") -> list[NodeKey]:
         return await _lanes.do(lambda: self.sync.keys(node=node))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,10 @@ from grafos_core.node_effects import (
     Recovered,
     ReportBound,
     Result,
+    RunStep,
     WardenRaise,
 )
+from grafos_core.teardown import Step
 from services.nodeagent.devices.memory import MemoryDevice
 from services.nodeagent.gatepage import GatePage, Verdict
 from services.nodeagent.ipc import Message
@@ -112,6 +115,60 @@ def performer(scribe: Scribe, gate: GatePage) -> Performer:
         lambda facts, session: False, scribe,
     )  # fmt: skip
     return Performer(tools, Partners(scribe, scribe, lambda why: None))
+
+
+class Sick(Slices):
+    """A device whose measurements of one kind hang until somebody lets them go."""
+
+    def __init__(self) -> None:
+        super().__init__("cd" * 16, MemoryDevice(1 << 20), None)
+        self.begun: list[str] = []
+        self.hanging = threading.Event()
+
+    def run(self, step: Step, facts: BoundFacts) -> dict[str, int | str | bool]:
+        self.begun.append(f"{step} {facts.kind} {facts.lease_id[:2]}")
+        if facts.kind is Kind.BLOCK:
+            self.hanging.wait(20)
+        return {}
+
+
+def slice_of(name: str, kind: Kind) -> BoundFacts:
+    return BoundFacts(LeaseId(name * 16), kind, 1, 1, 4096, 0, "", "", 0, Policy())
+
+
+def test_a_device_that_hangs_under_a_fence_is_in_nobodys_way(
+    scribe: Scribe, gate: GatePage
+) -> None:
+    """And a fence whose step hangs gets no second one to queue behind it."""
+    sick, told = Sick(), threading.Semaphore(0)
+    core = NodeCore("n1", "cd" * 16, {Kind.MEM: 1 << 20}, Recovered(), NOW)
+
+    def post(verb: Callable[[Instant], list[Effect]]) -> None:
+        verb(NOW)
+        told.release()
+
+    tools = Tools(
+        core, gate, sick, scribe, scribe, post, lambda: NOW, scribe.answer,
+        lambda facts, session: False, scribe,
+    )  # fmt: skip
+    performer = Performer(tools, Partners(scribe, scribe, lambda why: None))
+
+    def measure(name: str, kind: Kind, attempt: int, *, aside: bool) -> RunStep:
+        facts = slice_of(name, kind)
+        return RunStep(facts.lease_id, Step.MEASURE, attempt, facts, aside)
+
+    performer.perform([measure("aa", Kind.BLOCK, number, aside=True) for number in range(1, 20)])
+    performer.perform([measure("bb", Kind.MEM, 1, aside=True)])
+    assert told.acquire(timeout=5), "a fence of another device waits behind the one that hangs"
+    performer.perform([measure("cc", Kind.MEM, 1, aside=False)])
+    assert told.acquire(timeout=5), "a teardown waits behind a fence"
+    assert sick.begun.count("measure block aa") == 1
+    sick.hanging.set()
+    assert told.acquire(timeout=5)
+    performer.perform([measure("aa", Kind.BLOCK, 20, aside=True)])
+    assert told.acquire(timeout=5)
+    assert sick.begun.count("measure block aa") == 2
+    performer.stop()
 
 
 def persist(*kinds: str) -> Persist:
