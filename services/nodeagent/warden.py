@@ -126,6 +126,8 @@ class Warden:
             self._hear_peer(peer)
         if self._core.agent_is_lost and not self._taken:
             self._end()  # nothing to tell anybody
+        elif self._core.agent_is_lost and not (self._folder / self._socket_name).exists():
+            self._ended = True  # the node's state was deleted: nobody will ever come and ask
 
     def _wait(self) -> set[int]:
         poll = select.poll()

@@ -3,6 +3,7 @@
 import os
 import secrets
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -314,6 +315,20 @@ def test_a_killed_agent_loses_everything_at_once_and_the_next_one_is_told(
     assert list(folder.iterdir()) == []
     assert LivingWarden.find(folder, 1) is None
     close_all(fds)
+
+
+def test_a_warden_does_not_outlive_the_state_of_its_node(
+    gate: GatePage, agent: Callable[..., Agent], tmp_path: Path
+) -> None:
+    """Else one would be left of every fabric that is thrown away while a slice is fenced."""
+    fd = memory(A)
+    killed = agent(f"{A}:3:{FAR_MS}:{fd}", fds=[fd])
+    killed.process.kill()
+    wait_until(lambda: os.fstat(fd).st_size == 0)
+    assert not has_ended(killed.warden_pidfd, 1.5), "the next agent may come"
+    shutil.rmtree(tmp_path / "warden")
+    assert has_ended(killed.warden_pidfd)
+    os.close(fd)
 
 
 def test_an_agent_that_was_stopped_too_long_is_dead(
