@@ -243,6 +243,8 @@ def test_a_revocation_of_the_lease_ends_it_at_once(running: Running, reader: Fab
         for _ in range(500):
             assert share.mem().read(0, 1) == b"\x00"
             threading.Event().wait(0.005)
+    with refused(Revoked, "REVOKED"):
+        lease.mem().read(0, 1)
 
 
 def test_a_renewed_lease_is_shared_for_longer(lease: grafos.MemLease, reader: Fabric) -> None:
