@@ -303,6 +303,7 @@ def over(lease_id: str, epoch: int) -> FabricError:
 
 
 def _split(text: str | bytes) -> list[str]:
+    """The slips of a chain, if it has the shape of one."""
     if len(text) > CHAIN_BYTES_MAX or not text.isascii():
         jws.refuse("TOKEN_ENCODING", "ASCII, at most 8 KiB")
     slips = (text if isinstance(text, str) else text.decode("ascii")).split(SEPARATOR)

@@ -254,6 +254,17 @@ def test_k1_to_k4_a_header_that_is_not_ours(fields: dict[str, Any]) -> None:
     assert code_of(lambda: proved(text)) in ("TOKEN_HEADER", "TOKEN_ENCODING")
 
 
+def test_a_chain_over_8_kib_is_not_even_looked_into() -> None:
+    text = "~".join(["A" * 3990 + ".B.C"] * 3)
+
+    def read_root(token: str) -> LeaseToken:
+        raise AssertionError
+
+    with pytest.raises(FabricError) as refused:
+        share.verify_chain(text, read_root=read_root, verify=es256.verify)
+    assert refused.value.code == "TOKEN_ENCODING"
+
+
 def test_every_bit_of_a_share_counts() -> None:
     good = deep(1).text
     at = good.index("~") + 1

@@ -505,3 +505,22 @@ async def _until(holds: Callable[[], bool]) -> None:
             return
         await asyncio.sleep(0.005)
     raise AssertionError("it did not come to pass")
+
+
+class TestSharing:
+    def test_a_share_is_given_used_and_taken_back(self, virtual: VirtualFabric) -> None:
+        reader = virtual.connect()
+
+        async def work() -> None:
+            async with page().acquire() as lease:
+                await lease.mem().write(0, b"for both")
+                given = await lease.share(to=reader.holder_key, ops=["read"], length=8)
+                assert str(given) == given.text
+                async with aio.open_share(given.text, fabric=reader) as share:
+                    assert await share.mem().read(0, 8) == b"for both"
+                    assert [each.state for each in await lease.shares()] == ["open"]
+                    await given.end()
+                    with refused(Revoked, "REVOKED"):
+                        await share.mem().read(0, 8)
+
+        run(work)

@@ -189,9 +189,11 @@ class TestUse:
         bob.close()
 
     def test_a_share_has_no_descriptor(self, town: Town) -> None:
+        town.table.open(replace(town.leased, descriptor=True, handed=True))
         chain = town.give(town.root(), town.alice, town.bob)
         shown = town.shares.show(chain.text, key=town.bob.thumbprint, name="")
         assert not shown.descriptor
+        assert not shown.handed
         with pytest.raises(FabricError):
             town.table.find(shown.lease_id, town.bob.thumbprint)
 
