@@ -76,6 +76,8 @@ def test_a_share_is_read_by_the_one_that_it_is_for(lease: grafos.MemLease, reade
         share.mem().write(0, b"from the other side")
         assert lease.mem().read(0, 19) == b"from the other side"
         assert share.mem().path != "shared"
+        with refused(Incompatible, "OPTION"):
+            share.mem().map()
 
 
 def test_a_part_is_a_part(lease: grafos.MemLease, reader: Fabric) -> None:
