@@ -254,8 +254,12 @@ def header(point: bytes) -> bytes:
 def lower(signature: bytes) -> bytes:
     """The one of a signature's two forms that is taken."""
     failure.invariant(len(signature) == SIGNATURE_BYTES, "a signature on P-256 has 64 bytes")
-    s = int.from_bytes(signature[32:], "big")
+    s = int.from_bytes(signature[32:], "big") % _ORDER
     return signature[:32] + min(s, _ORDER - s).to_bytes(32, "big")
+
+
+def _is_lower(signature: bytes) -> bool:
+    return int.from_bytes(signature[32:], "big") <= _ORDER // 2
 
 
 # Taking --------------------------------------------------------------------------------------
@@ -335,7 +339,7 @@ def _proved(slip: str, signer: Recipient, verify: VerifyWithKey) -> dict[str, An
         jws.refuse("TOKEN_HEADER")
     if thumbprint_of(point) != signer.key:
         jws.refuse("TOKEN_CLAIM", "signed by another key than the one that it was given to")
-    if len(signature) != SIGNATURE_BYTES or lower(signature) != signature:
+    if len(signature) != SIGNATURE_BYTES or not _is_lower(signature):
         jws.refuse("TOKEN_SIGNATURE")
     if not verify(point, slip.rpartition(".")[0].encode(), signature):
         jws.refuse("TOKEN_SIGNATURE")

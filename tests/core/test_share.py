@@ -287,7 +287,19 @@ def test_a_signature_has_one_form_only() -> None:
     assert es256.verify(point, message.encode(), other)  # for others it would do
     twin = f"{root}~{message}.{jws.to_base64url(other).decode()}"
     assert code_of(lambda: proved(twin)) == "TOKEN_SIGNATURE"
-    for bad in (bytes(64), raw[:32] + bytes(32), bytes(32) + raw[32:], raw + b"x"):
+    high = (
+        b"\xff" * 32,
+        (share._ORDER - 1).to_bytes(32, "big"),
+        (share._ORDER + 1).to_bytes(32, "big"),
+    )
+    for bad in (
+        *(raw[:32] + s for s in high),
+        b"\xff" * 64,
+        bytes(64),
+        raw[:32] + bytes(32),
+        bytes(32) + raw[32:],
+        raw + b"x",
+    ):
         text = f"{root}~{message}.{jws.to_base64url(bad).decode()}"
         assert code_of(lambda: proved(text)) == "TOKEN_SIGNATURE"  # noqa: B023
 
