@@ -5,6 +5,7 @@ Each changes one place of the cores that ship, for as long as the context is ope
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ from grafos_core.node_lease import Phase
 from grafos_core.node_orders import Orders
 from grafos_core.receipt import Cleared
 from grafos_core.teardown import Stage, Step
+from grafos_core.warden import WardenCore
+from services.ledger.wall import LedgerTime
+from tests.sim.holder import Holder
 from tests.sim.node import Node
 
 
@@ -262,6 +266,67 @@ def _looks_once(original: Any) -> Any:
     return await_probe
 
 
+def _hours_by_the_wall(original: Any) -> Any:
+    """Alarms go off by the wall clock, as far as it has gone forwards."""
+
+    def tick(self: Endings, now: Any) -> Any:
+        effects = original(self, now)
+        known = _wall_since.setdefault(self, (now.wall_ms, now.boot_ms, now.boot_ms))
+        by_wall_ms = max(known[2], known[1] + now.wall_ms - known[0])
+        _wall_since[self] = (known[0], known[1], by_wall_ms)
+        for lease in list(self._leases.values()):
+            if lease.phase is Phase.LIVE and lease.deadline_ms <= by_wall_ms:
+                effects += self._fired(lease.lease_id, Wake.DEADLINE, now)
+        return effects
+
+    return tick
+
+
+def _whole_ttl(self: NodeCore, token: Any, now: Any) -> int:
+    """From the bind on, however late it comes."""
+    return int(token.ttl_ms)
+
+
+def _moves_its_stop(original: Any) -> Any:
+    """When the ledger has agreed, and the node has not been asked yet."""
+
+    def renewal_granted(self: Holder, lease: Any, token: Any) -> None:
+        original(self, lease, token)
+        held = self.held.get(lease.lease_id)
+        if held is not None and held.belief is not None:
+            stop_ms = self.clock.boot_ms() + lease.ttl_ms
+            held.belief._stop_ms = max(held.belief._stop_ms, stop_ms)
+
+    return renewal_granted
+
+
+def _counts_what_it_slept(self: WardenCore, duration_ms: int, now_ms: int) -> None:
+    """As silence of the agent."""
+
+
+def _makes_nothing_up(original: Any) -> Any:
+    """What the ledger's time stood still is taken for a leap afterwards."""
+
+    def read(self: LedgerTime, now: Any) -> int:
+        found: int = original(self, now)
+        if "behind" in self.why:
+            self._trusted = now._replace(wall_ms=found)
+        return found
+
+    return read
+
+
+def _forgets_at_once(original: Any) -> Any:
+    """A clock that was set is good again in the same moment."""
+
+    def trust(self: LedgerTime, *reading: Any) -> None:
+        self._held_until_ms = None
+        original(self, *reading)
+
+    return trust
+
+
+_wall_since: weakref.WeakKeyDictionary[Endings, tuple[int, int, int]] = weakref.WeakKeyDictionary()
 WARN = Orders._warn
 BUGS = (
     _bug("blocks are found without a look at what is free", 1, ExtentMap, "find", _first_extent),
@@ -281,6 +346,16 @@ BUGS = (
         _wrap(NodeCore, "_raised", _renewal_shortens)),
     _bug("a holder believes before the node has answered", 5, HolderLease, "renewal_sent",
         _wrap(HolderLease, "renewal_sent", _believes_the_ledger)),
+    _bug("deadlines are kept by the wall clock", 5, Endings, "tick",
+        _wrap(Endings, "tick", _hours_by_the_wall)),
+    _bug("a late bind has the whole time", 5, NodeCore, "_remaining_ms", _whole_ttl),
+    _bug("the ledger's word moves a holder's stop", 5, Holder, "renewal_granted",
+        _wrap(Holder, "renewal_granted", _moves_its_stop)),
+    _bug("who slept takes silence for death", 5, WardenCore, "slept", _counts_what_it_slept),
+    _bug("a clock that was behind has leapt", 8, LedgerTime, "read",
+        _wrap(LedgerTime, "read", _makes_nothing_up)),
+    _bug("a clock that was set is good at once", 8, LedgerTime, "_trust",
+        _wrap(LedgerTime, "_trust", _forgets_at_once)),
     _bug("a bind is told of and not durable", 6, Node, "_persist",
         _wrap(Node, "_persist", _bind_not_kept)),
     _bug("a grace is lengthened by the order that is told again", 5, Orders, "_warn", _grace_anew),

@@ -9,6 +9,7 @@ from grafos_core import placement
 from grafos_core.failure import FabricError
 from grafos_core.holder import HolderLease, RenewalPolicy
 from grafos_core.lease import (
+    EndCause,
     Kind,
     Lease,
     LeaseId,
@@ -200,6 +201,9 @@ class Holder:
             raise LawBroken(
                 f"S9: {self.name} believes in {lease.lease_id[:6]}, its node expired it"
             )
+        known = node.core._leases.get(lease.lease_id)
+        if known is not None and known.epoch == lease.epoch and known.cause is EndCause.EXPIRED:
+            raise LawBroken(f"S9: {lease.lease_id[:6]} was expired before the time it was told")
 
     def _operate(self, held: Held) -> None:
         node = self.nodes[held.lease.node_id]

@@ -119,6 +119,8 @@ class Laws:
                 raise LawBroken(
                     f"L1: {lease.lease_id[:6]} is still {lease.state} on {lease.node_id}"
                 )
+        if self.ledger.time.why:
+            raise LawBroken(f"L2: nothing is granted: {self.ledger.time.why}")
         for node in self.nodes:
             self._fates(node)
             self._seen_to(node)

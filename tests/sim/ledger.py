@@ -26,7 +26,9 @@ from grafos_core.lessor import Lessor
 from grafos_core.quota import Limit
 from grafos_core.receipt import TeardownReceipt
 from grafos_core.token import LeaseToken, audience_of
-from tests.sim.world import Clock, LawBroken, World
+from services.ledger.wall import LedgerTime
+from services.runtime.clock import Instant
+from tests.sim.world import WALL_START_MS, Clock, LawBroken, World
 
 if TYPE_CHECKING:
     from tests.sim.holder import Holder
@@ -47,7 +49,10 @@ class Ledger:
         self.nodes: dict[NodeId, Node] = {}
         self.listeners: dict[str, Holder] = {}
         """Who hears of what happens in a session."""
-        self._floor_ms = 0
+        self.time = LedgerTime(0)
+        self.true_ends: dict[tuple[LeaseId, int], tuple[int, int]] = {}
+        """By lease and generation: the end that was granted, in true time, and how wrong the
+        ledger's time was then."""
         self._numbers = 0
         self.key_id = ""
         """With which admission signs."""
@@ -65,9 +70,15 @@ class Ledger:
 
     @property
     def now_ms(self) -> int:
-        """The ledger's wall clock, kept from going back."""
-        self._floor_ms = max(self._floor_ms, self.clock.wall_ms(), self.lessor.state.now_ms)
-        return self._floor_ms
+        """The ledger's wall clock, kept from going back and from leaping."""
+        return max(self._read(), self.lessor.state.now_ms)
+
+    def _read(self) -> int:
+        return self.time.read(Instant(self.clock.boot_ms(), self.clock.wall_ms()))
+
+    def _may_promise(self) -> bool:
+        self._read()
+        return self.up and not self.time.why
 
     def _do(self, command: c.Command) -> c.Step:
         step = self.lessor.handle(command, self.now_ms)
@@ -85,6 +96,8 @@ class Ledger:
                 raise LawBroken(f"law 8: {event.kind} under a key that is revoked")
             if event.kind == "lease.granted":
                 self._fresh(event)
+            if event.kind in ("lease.granted", "lease.renewed", "lease.attached"):
+                self._note_end(event)
         for node_id in step.nodes:
             self._push(node_id)
 
@@ -92,6 +105,16 @@ class Ledger:
         """Law 8: nothing is granted on a node that was not heard, truly, within 3 s and a bit."""
         node = self.nodes[NodeId(event.body["node_id"])]
         node.check_heard_lately()
+
+    def _note_end(self, event: c.Event) -> None:
+        lease_id, body = LeaseId(event.lease_id), event.body
+        generation = body["generation"]
+        error_ms = event.at_ms - WALL_START_MS - self.world.now_ms
+        ttl_ms = body.get("ttl_ms")
+        if ttl_ms is not None and body["end_ms"] == event.at_ms + ttl_ms:
+            self.true_ends[lease_id, generation] = self.world.now_ms + ttl_ms, error_ms
+        else:
+            self.true_ends[lease_id, generation] = self.true_ends[lease_id, generation - 1]
 
     def _push(self, node_id: NodeId) -> None:
         node = self.nodes[node_id]
@@ -102,7 +125,7 @@ class Ledger:
 
     def acquire(self, ask: placement.Request, holder: Any, ttl_ms: int, policy: Policy) -> None:
         """Admission and ledger in one: decide, commit, mint, answer."""
-        if not self.up:
+        if not self._may_promise():
             return
         decision = placement.evaluate(ask, self.lessor.nodes(self.now_ms))
         if not isinstance(decision, placement.Admit):
@@ -129,7 +152,7 @@ class Ledger:
                 self._answer(holder, holder.renewal_granted, step.lease)
 
     def attach(self, request_id: str, holder: Any, lease_id: LeaseId) -> None:
-        if self.up:
+        if self._may_promise():
             step = self._do(
                 c.Attach(
                     request_id, lease_id, holder.tenant, holder.name, holder.key, TOKEN_MS_DEFAULT,
@@ -265,11 +288,15 @@ class Ledger:
             self.world.tell("ledger crashes")
             self.up = False
             self.world.after(self.world.dice.randint(50, 6_000), self._recover)
+        self.clock.suffer()
         self.world.after(self.world.dice.randint(1_000, 9_000), self._suffer)
 
     def _recover(self) -> None:
         self.lessor = Lessor()
         for event in self.durable:
             self.lessor.replay(event)
+        self.clock.set_right()  # whoever starts it looks at the clock: a leap is believed then
+        self.time = LedgerTime(self.lessor.state.now_ms)
+        self._read()
         self.up = True
         self.world.tell("ledger is back")

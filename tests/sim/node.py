@@ -10,7 +10,7 @@ A crash may fall between any two effects of one list.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,7 +19,15 @@ from grafos_core import failure
 from grafos_core import token as tokens
 from grafos_core.chain import Chain, Record, Seal
 from grafos_core.failure import FabricError
-from grafos_core.lease import RETURN_MS, Kind, LeaseId, NodeId, OnDisconnect
+from grafos_core.lease import (
+    CLOCK_ERROR_MS,
+    RETURN_MS,
+    Kind,
+    LeaseId,
+    NodeId,
+    OnDisconnect,
+    rate_margin_ms,
+)
 from grafos_core.lessor import CLEAR_ORDER_MS, REGISTRATION_TTL_MS
 from grafos_core.node import NodeCore
 from grafos_core.node_effects import (
@@ -54,6 +62,7 @@ from tests.sim.world import Clock, LawBroken, World
 CAPACITY: Final = {Kind.MEM: 16 * 4096, Kind.BLOCK: 16}
 TICK_MS: Final = 50
 TICK_CALM_MS: Final = 500
+AWAY_MS_MAX: Final = 1_500
 
 
 @dataclass(slots=True)
@@ -111,6 +120,9 @@ class Node:
         self.front_up = False
         self.up = False
         self.boot = 0
+        self._ticked_ms = self.clock.boot_ms()
+        self._until_ms: dict[LeaseId, int] = {}
+        """In true time: when each lease is certainly over, by the tokens that were shown here."""
         self.touched = False
         """Something may have changed here since the laws looked."""
         self._shutting: dict[LeaseId, int] = {}
@@ -135,10 +147,13 @@ class Node:
         """It was told to clear what it proves clean."""
         self.acked_number = 0
         ledger.nodes[self.node_id] = self
-        world.after(world.dice.randint(0, 500), self._start)
-        world.after(TICK_MS, self._tick)
-        world.after(100, self._register)
-        world.after(world.dice.randint(500, 6_000), self._suffer)
+        self._later(world.dice.randint(0, 500), self._start)
+        self._later(TICK_MS, self._tick)
+        self._later(100, self._register)
+        self._later(world.dice.randint(500, 6_000), self._suffer)
+
+    def _later(self, delay_ms: int, call: Callable[..., None], *args: Any) -> None:
+        self.world.after(delay_ms, self.world.awake, self.node_id, call, *args)
 
     # processes
 
@@ -206,8 +221,8 @@ class Node:
             self.world.tell(self.node_id, "warden dies too")
             self.warden = None
             self._end_front()
-        self.world.after(1, self._warden_hears)
-        self.world.after(self.world.dice.randint(20, 4_000), self._start)
+        self._later(1, self._warden_hears)
+        self._later(self.world.dice.randint(20, 4_000), self._start)
 
     def _warden_hears(self) -> None:
         if self.core is None and self.warden is not None:
@@ -238,14 +253,20 @@ class Node:
     # time and bad luck
 
     def _tick(self) -> None:
+        now_ms = self.clock.boot_ms()
+        away_ms, self._ticked_ms = now_ms - self._ticked_ms, now_ms
         if self.warden is not None:
-            now_ms = self.clock.boot_ms()
+            if away_ms > AWAY_MS_MAX:
+                self.warden.slept(away_ms - TICK_MS, now_ms)
+            orders = self.warden.tick(now_ms)
             if self.core is not None:
+                if any(order.cause == "agent_lost" for order in orders):
+                    raise LawBroken("law 5: an agent that lives is taken for dead")
                 self.warden.agent_heard(now_ms)
-            self._take_back(self.warden.tick(now_ms))
+            self._take_back(orders)
         if self.core is not None:
             self._verb(self.core.tick(self.clock.instant()))
-        self.world.after(TICK_CALM_MS if self.world.calm else TICK_MS, self._tick)
+        self._later(TICK_CALM_MS if self.world.calm else TICK_MS, self._tick)
 
     def _suffer(self) -> None:
         rates, dice = self.world.rates, self.world.dice
@@ -255,16 +276,17 @@ class Node:
             self.world.tell(self.node_id, "warden dies")
             self.warden = None
             self._verb(self.core.warden_lost(self.clock.instant()))
-            self.world.after(dice.randint(10, 1_500), self._new_warden)
+            self._later(dice.randint(10, 1_500), self._new_warden)
         if self.front_up and self.world.chance(rates.front_crash):
             self._lose_front()
         if self.world.chance(rates.cut):
             self.world.cut(self.node_id, "ledger")
             self.world.after(dice.randint(100, 12_000), self.world.heal, self.node_id, "ledger")
-        if self.world.chance(rates.wall_step):
-            self.clock.step_wall(dice.choice([-3_600_000, -2_000, 2_000, 3_600_000]))
         self._stir()
-        self.world.after(dice.randint(500, 6_000), self._suffer)
+        self.clock.suffer()
+        if self.world.chance(rates.suspend):
+            self.world.sleep(self.node_id, dice.randint(500, 9_000))
+        self._later(dice.randint(500, 6_000), self._suffer)
 
     def _stir(self) -> None:
         """A device that failed once may do so again: what a fenced slice held turns up anew."""
@@ -284,15 +306,15 @@ class Node:
     def _lose_front(self) -> None:
         self.world.tell(self.node_id, "front dies")
         self._end_front()
-        self.world.after(1, self._front_lost)
+        self._later(1, self._front_lost)
 
     def _front_lost(self) -> None:
         if self.core is not None:
             sessions, self._connected = sorted(self._connected), set()
             self._verb(self.core.front_lost(self.clock.instant()))
-            self.world.after(20, self._start_front)
+            self._later(20, self._start_front)
             for session in sessions:
-                self.world.after(20 + self.world.dice.randint(0, 2_000), self.join, session)
+                self._later(20 + self.world.dice.randint(0, 2_000), self.join, session)
 
     # the ledger
 
@@ -309,7 +331,7 @@ class Node:
                 self.policy,
             )  # fmt: skip
             self.world.send(self.node_id, "ledger", self._ask, ask, self.boot, self.world.now_ms)
-        self.world.after(1_000, self._register)
+        self._later(1_000, self._register)
 
     def _ask(self, ask: c.Register, boot: int, sent_ms: int) -> None:
         self._heard_at_ms = max(self._heard_at_ms, self.world.now_ms)
@@ -405,6 +427,7 @@ class Node:
         except FabricError as refusal:
             answer(refusal)
             return
+        self._note_end(token)
         self._requests += 1
         request = self._requests
         self._answers[request] = answer
@@ -414,6 +437,16 @@ class Node:
             self._verb(self.core.attach(request, token, key, session, now))
         else:
             self._verb(self.core.extend(request, token, key, now))
+
+    def _note_end(self, token: LeaseToken) -> None:
+        """S8: never longer than the TTL from here; and where the clocks are as they must be, never
+        beyond the end that was granted and what they may differ by."""
+        lease_id = LeaseId(token.lease_id)
+        granted_until_ms, error_ms = self.ledger.true_ends[lease_id, token.generation]
+        apart_ms = max(CLOCK_ERROR_MS, error_ms - self.clock.wall_error_ms)
+        until_ms = min(self.world.now_ms + token.ttl_ms, granted_until_ms + apart_ms)
+        until_ms += rate_margin_ms(token.ttl_ms) + 2
+        self._until_ms[lease_id] = max(until_ms, self._until_ms.get(lease_id, 0))
 
     def release(self, lease_id: LeaseId, epoch: int, key: str, answer: Any) -> None:
         if self.core is None or not self.front_up:
@@ -464,7 +497,7 @@ class Node:
         cell.inside += 1
         slow = self.world.chance(self.world.rates.slow_operation)
         delay_ms = self.world.dice.randint(200, 2_000) if slow else self.world.dice.randint(0, 5)
-        self.world.after(delay_ms, self._land, cell, epoch, self._front_life, answer)
+        self._later(delay_ms, self._land, cell, epoch, self._front_life, answer)
 
     def _open(self, cell: Cell, epoch: int) -> bool:
         return (
@@ -512,6 +545,9 @@ class Node:
         late_ms = self.clock.boot_ms() - cell.deadline_ms
         if late_ms > 0:
             raise LawBroken(f"law 5: an operation is acknowledged {late_ms} ms past its deadline")
+        late_ms = self.world.now_ms - self._until_ms[cell.lease_id]
+        if late_ms > 0:
+            raise LawBroken(f"S8: an operation is acknowledged {late_ms} ms late, in true time")
         self._check_is_held(cell, tick_ms)
         self.world.count("acknowledged")
 
@@ -680,7 +716,7 @@ class Node:
             self.world.tell(self.node_id, effect.step, effect.lease_id[:6], "hangs")
             return
         delay_ms = self.world.dice.randint(0, 30)
-        self.world.after(delay_ms, self._stepped, effect, self.boot, failing)
+        self._later(delay_ms, self._stepped, effect, self.boot, failing)
 
     def _stepped(self, effect: RunStep, boot: int, failing: bool) -> None:
         if self.core is None or boot != self.boot:

@@ -41,7 +41,9 @@ def run(
     try:
         world.run(run_ms)
         world.calm = True
+        ledger.clock.set_right()
         for node in nodes.values():
+            node.clock.set_right()
             world.heal(node.node_id, "ledger")
         world.run(run_ms + rest_ms)
         laws.at_the_end()

@@ -2,7 +2,9 @@
 
     seed     draws the fault rates first (some zero), then every event: a seed is a test case
     network  loses, delays, reorders, duplicates late, cuts one pair off for a while
-    clocks   each boot-time clock runs a little fast or slow, each wall clock is off or steps
+    clocks   each boot-time clock runs a little fast or slow, at a changing pace; each wall clock is
+             off, and steps by seconds or by an hour and back
+    sleep    a node's machine is suspended: all of it stands still, and then all of it is late
 
 What is simulated are the cores that ship: Lessor, placement, NodeCore, WardenCore, HolderLease, the
 chain, the collector, the state folded from records. The world stands in for sockets, disks,
@@ -42,6 +44,8 @@ class Rates:
     ledger_crash: float
     cut: float
     wall_step: float
+    slew: float
+    suspend: float
     step_failure: float
     slow_operation: float
     holder_stall: float
@@ -64,11 +68,16 @@ class Rates:
         return Rates(
             loss=rate(0.25), delay_ms_max=dice.choice([1, 20, 300]), duplicate=rate(0.1),
             agent_crash=rate(0.3), warden_crash=rate(0.2), front_crash=rate(0.3),
-            ledger_crash=rate(0.3), cut=rate(0.4), wall_step=rate(0.2), step_failure=rate(0.15),
+            ledger_crash=rate(0.3), cut=rate(0.4), wall_step=rate(0.2), slew=rate(0.4),
+            suspend=rate(0.15), step_failure=rate(0.15),
             slow_operation=rate(0.1), holder_stall=rate(0.1), holder_exit=rate(0.1),
             hang_up=rate(0.1), revoke=rate(0.2), hostile=rate(0.3), stir=rate(0.5),
             policy=dice.random() < 0.5, operator=dice.choice([0.0, 0.05, 0.3]),
         )  # fmt: skip
+
+
+RATE_ERROR_MAX = 0.0009
+"""Of each clock; two of them then stay within what is published."""
 
 
 class Clock:
@@ -77,23 +86,39 @@ class Clock:
     def __init__(self, world: World) -> None:
         dice = world.dice
         self._world = world
-        self._start_ms = dice.randint(1_000, 10_000_000)
-        self._rate = 1 + dice.uniform(-0.0009, 0.0009)
+        self._since_ms, self._boot_ms = world.now_ms, float(dice.randint(1_000, 10_000_000))
+        self._rate = 1 + dice.uniform(-RATE_ERROR_MAX, RATE_ERROR_MAX)
         self._wall_offset_ms = dice.randint(-250, 250)
-        self._boot_ms = 0
+        self._step_ms = 0
 
     def boot_ms(self) -> int:
-        self._boot_ms = max(self._boot_ms, self._start_ms + int(self._world.now_ms * self._rate))
-        return self._boot_ms
+        return int(self._boot_ms + (self._world.now_ms - self._since_ms) * self._rate)
 
     def wall_ms(self) -> int:
-        return WALL_START_MS + self._world.now_ms + self._wall_offset_ms
+        return WALL_START_MS + self._world.now_ms + self.wall_error_ms
+
+    @property
+    def wall_error_ms(self) -> int:
+        return self._wall_offset_ms + self._step_ms
 
     def instant(self) -> Instant:
         return Instant(self.boot_ms(), self.wall_ms())
 
-    def step_wall(self, by_ms: int) -> None:
-        self._wall_offset_ms += by_ms
+    def suffer(self) -> None:
+        """Perhaps another pace from now on; perhaps a step, which somebody may notice soon."""
+        world, dice = self._world, self._world.dice
+        if world.chance(world.rates.slew):
+            self._boot_ms += (world.now_ms - self._since_ms) * self._rate
+            self._since_ms = world.now_ms
+            self._rate = 1 + dice.uniform(-RATE_ERROR_MAX, RATE_ERROR_MAX)
+        if world.chance(world.rates.wall_step):
+            world.count("wall_steps")
+            self._step_ms = dice.choice([-3_600_000, -2_000, 2_000, 3_600_000])
+            if dice.random() < 0.7:
+                world.after(dice.randint(300, 6_000), self.set_right)
+
+    def set_right(self) -> None:
+        self._step_ms = 0
 
 
 class World:
@@ -113,6 +138,7 @@ class World:
         self._queue: list[tuple[int, float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
         self._cuts: set[tuple[str, str]] = set()
+        self._asleep: dict[str, int] = {}
 
     def after(self, delay_ms: int, call: Callable[..., None], *args: Any) -> None:
         """Later; of two things at one instant either may be first."""
@@ -127,9 +153,23 @@ class World:
         rates = self.rates
         if not self.calm and self.dice.random() < rates.loss:
             return
-        self.after(self.dice.randint(0, rates.delay_ms_max), call, *args)
+        self.after(self.dice.randint(0, rates.delay_ms_max), self.awake, target, call, *args)
         if not self.calm and self.dice.random() < rates.duplicate:
-            self.after(self.dice.randint(0, rates.delay_ms_max * 20), call, *args)
+            late_ms = self.dice.randint(0, rates.delay_ms_max * 20)
+            self.after(late_ms, self.awake, target, call, *args)
+
+    def sleep(self, name: str, for_ms: int) -> None:
+        self.tell(name, "sleeps for", for_ms)
+        self.count("sleeps")
+        self._asleep[name] = self.now_ms + for_ms
+
+    def awake(self, name: str, call: Callable[..., None], *args: Any) -> None:
+        """Now, or as soon as this machine is awake; its own ticks first."""
+        left_ms = self._asleep.get(name, 0) - self.now_ms
+        if left_ms > 0:
+            self.after(left_ms + (call.__name__ != "_tick"), self.awake, name, call, *args)
+        else:
+            call(*args)
 
     def cut(self, one: str, other: str) -> None:
         self._cuts.add((one, other))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.ledger.wall import LedgerTime
+from services.ledger.wall import HOLD_MS, LedgerTime
 from services.runtime.clock import Instant
 
 NOW = 1_900_000_000_000
@@ -22,6 +22,8 @@ def test_a_wall_clock_set_back_stops_time_and_closes_the_gate() -> None:
     assert time.read(Instant(1_000, NOW - HOUR)) == NOW
     assert "behind the time floor" in time.why
     assert time.read(Instant(2_000, NOW + 5)) == NOW + 5
+    assert "was set" in time.why, "who was heard before it seems to be heard just now"
+    time.read(Instant(2_000 + HOLD_MS, NOW + HOLD_MS))
     assert time.why == ""
 
 
@@ -49,6 +51,7 @@ def test_a_wall_clock_that_leaps_is_not_followed() -> None:
         assert moved == NOW + second * 1_000
         assert "leapt ahead" in time.why
     assert time.read(Instant(4_000, NOW + 4_000)) == NOW + 4_000
+    time.read(Instant(7_000, NOW + 7_000))
     assert time.why == ""
 
 
@@ -72,7 +75,30 @@ def test_a_clock_that_was_behind_for_a_while_and_is_right_again_has_not_leapt() 
     for second in range(1, 10):
         assert time.read(Instant(second * 1_000, NOW + second * 1_000 - HOUR)) == NOW
     assert time.read(Instant(10_000, NOW + 10_000)) == NOW + 10_000
+    time.read(Instant(12_501, NOW + 12_501))
     assert time.why == ""
-    time.read(Instant(11_000, NOW + 11_000 - HOUR))
+    time.read(Instant(13_000, NOW + 13_000 - HOUR))
     assert time.read(Instant(60_000, NOW + 60_000 + HOUR)) == NOW + 60_000
     assert "leapt ahead" in time.why, "nor is a step back a way to hide one forward"
+
+
+def test_a_step_back_that_was_waited_out_may_be_put_right_again() -> None:
+    """The floor is passed after two seconds, and the clock counts; its correction is no leap."""
+    time = LedgerTime(0)
+    time.read(Instant(0, NOW))
+    for second in range(1, 9):
+        time.read(Instant(second * 1_000, NOW + (second - 2) * 1_000))
+    assert time.why == ""
+    assert time.read(Instant(9_000, NOW + 9_000)) == NOW + 9_000
+    assert time.why == ""
+    time.read(Instant(10_000, NOW + 12_000))
+    assert "leapt ahead" in time.why
+
+
+def test_a_slow_clock_is_followed_for_days_and_a_leap_still_seen() -> None:
+    time = LedgerTime(0)
+    for hour in range(48):
+        time.read(Instant(hour * HOUR, NOW + hour * HOUR - hour * HOUR // 10_000))
+        assert time.why == ""
+    time.read(Instant(48 * HOUR, NOW + 48 * HOUR - 48 * HOUR // 10_000 + 2_000))
+    assert "leapt ahead" in time.why
