@@ -231,10 +231,10 @@ class Ledger:
     def _operate(self) -> None:
         """An operator revokes now and then, also what is being revoked, and clears fences."""
         if self.up:
-            if self.world.chance(self.world.rates.revoke * 0.5):
+            if self.world.chance(self.world.rates.revoke * 2):
                 self._new_key()
-            if self.world.chance(self.world.rates.revoke * 0.3):
-                self._revoke_key(self.world.dice.choice(self._keys))
+            if self.world.chance(self.world.rates.revoke):
+                self._revoke_key(self.world.dice.choice(self._keys[-2:]))
             leases = sorted(self.lessor.state.leases.values(), key=lambda lease: lease.lease_id)
             live = (LeaseState.ACTIVE, LeaseState.ENDING)
             active = [x for x in leases if x.state in live and x.stage in REVOCABLE]
