@@ -17,8 +17,9 @@ from grafos_core.lease import CLOCK_ERROR_MS, rate_margin_ms
 from grafos_core.lessor import EVIDENCE_MS_MAX
 from services.runtime.clock import Instant
 
-HOLD_MS: Final = EVIDENCE_MS_MAX + CLOCK_ERROR_MS
-"""By then everything that was heard before is too old; time may stand still for the second part."""
+HOLD_MS: Final = EVIDENCE_MS_MAX + 2 * CLOCK_ERROR_MS
+"""By then everything that was heard before is too old, although time may stand still for the second
+part of it: a clock that is within its error of the floor is in order."""
 
 
 class LedgerTime:

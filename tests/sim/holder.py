@@ -264,7 +264,7 @@ class Holder:
             return
         held.stubborn = held.stubborn or self.world.dice.random() < 0.5
         if not held.stubborn:
-            delay_ms = self.world.dice.randint(0, grace_ms + 200)
+            delay_ms = self.world.dice.randint(0, grace_ms + 600)
             self.world.after(delay_ms, self._report, lease_id, self.life)
 
     def _report(self, lease_id: LeaseId, life: int) -> None:

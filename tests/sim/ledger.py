@@ -238,7 +238,7 @@ class Ledger:
             leases = sorted(self.lessor.state.leases.values(), key=lambda lease: lease.lease_id)
             live = (LeaseState.ACTIVE, LeaseState.ENDING)
             active = [x for x in leases if x.state in live and x.stage in REVOCABLE]
-            if active and self.world.chance(self.world.rates.revoke):
+            if active and self.world.chance(self.world.rates.revoke * 1.5):
                 lease = self.world.dice.choice(active)
                 grace_ms = self.world.dice.choice([0, 500, 3_000, 10_000])
                 self._do(c.End("op", lease.lease_id, EndCause.REVOKED, "op", "why", grace_ms))
