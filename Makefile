@@ -32,7 +32,7 @@ demo: venv ## a local cluster with real data and real failures, explained as it 
 
 .PHONY: test
 test: setup ## the whole default suite
-	@$(PY) -m pytest -q -n $(JOBS) --dist loadgroup --no-loadscope-reorder -m "$(DESELECTED)" $(ARGS)
+	@$(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "$(DESELECTED)" $(ARGS)
 
 .PHONY: lint
 lint: venv ## style, types, import contracts

@@ -1,7 +1,7 @@
 """What every test shares: how needs of the machine are met, repeatable random inputs, and how the
 tests are dealt out to processes that run side by side."""
 
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import settings
@@ -17,15 +17,23 @@ settings.load_profile("grafos")
 
 LONG: Final = ("tests/integration/test_kill_episodes.py", "tests/sim/test_sim.py")
 """Their tests take half a minute each and share nothing: dealt out one by one, and first. The tests
-of any other file stay together, since they share what it has started."""
+of any other file stay together and in order, since they share what it has started."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))
-    for item in items:
-        group = item.nodeid if item.nodeid.startswith(LONG) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(LONG) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -53,6 +53,7 @@ def lease_keys(fabric: Fabric) -> jws.Keys:
 def accepted(fabric: Fabric, answer: Any, client: Client) -> token.LeaseToken:
     """The token as its node reads it from this client's connection."""
     lease = answer.lease
+    until_published(fabric, lease.key_ids[-1])
     return token.accept(
         answer.token, lease_keys(fabric), issuer=f"spiffe://{DOMAIN}/service/admission",
         audience=token.audience_of(lease.node_id, lease.incarnation),
