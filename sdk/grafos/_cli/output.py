@@ -14,11 +14,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from grafos import _clock
 
 Row = Mapping[str, Any]
+WHEN: Final = ("_at_ms", "end_ms")
+"""So are instants called, in milliseconds of Unix time."""
 WATCH_MS: Final = 1_000
 FORMATS: Final = ("table", "wide", "json", "name")
 
@@ -96,7 +99,15 @@ def table(lines: Sequence[Sequence[str]], *, bold_first: bool = False) -> str:
 def facts(pairs: Sequence[tuple[str, Any]]) -> str:
     """One thing, described line by line."""
     width = max(len(name) for name, _ in pairs) + 1
-    return "".join(f"{name + ':':{width}} {value}\n" for name, value in pairs)
+    return "".join(f"{name + ':':{width}} {_said(name, value)}\n" for name, value in pairs)
+
+
+def _said(name: str, value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(str(each) for each in value)
+    if name.endswith(WHEN) and isinstance(value, int):
+        return f"{value} ({datetime.fromtimestamp(value // 1000, UTC):%Y-%m-%d %H:%M:%S} UTC)"
+    return str(value)
 
 
 def colour() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -63,6 +64,10 @@ def test_a_lease_is_listed_described_and_revoked_with_its_reason(ask: Cli) -> No
         assert ask("lease", "list", "--node", "n2", "-o", "name").stdout == ""
         described = ask("lease", "describe", lease.lease_id[:8])
         assert "on_holder_exit:" in described.stdout
+        assert re.search(
+            r"granted_at_ms: +\d{13} \(20\d\d-\d\d-\d\d [\d:]{8} UTC\)\n", described.stdout
+        )
+        assert re.search(r"key_ids: +[0-9a-f]{16}\n", described.stdout)
         revoked = ask("lease", "revoke", lease.lease_id, "--reason", "for maintenance")
         assert revoked.returncode == 0, revoked.stderr
         with pytest.raises(Revoked):
