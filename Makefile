@@ -70,6 +70,10 @@ sim: venv ## replay one simulated history: make sim SEED=n
 chaos: setup ## kill processes over and over: make chaos N=200, or SEED=n for one again
 	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED),-n $(N))
 
+.PHONY: power-cuts
+power-cuts: setup ## every disk that a power cut can leave, for every store: SEED=n for the same subsets
+	@$(PY) -m tests.disk $(if $(SEED),--seed $(SEED))
+
 .PHONY: up
 up: venv ## start a local cluster
 	@$(VENV)/bin/grafos up

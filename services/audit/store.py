@@ -111,15 +111,15 @@ class Store:
         if self._mark.is_new and not key_path.exists():
             SigningKey.make(key_path)
         self.key = SigningKey.load(key_path)
+        if not size:
+            if not self._mark.is_new:
+                raise failure.of("STORAGE", "the table of chains is missing")
+            sqlite.make(self._path, self._format)
         self._connection = sqlite.connect(self._path)
-        if not self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-            self._format()
         self._check_schema()
 
-    def _format(self) -> None:
-        if not self._mark.is_new:
-            raise failure.of("STORAGE", "the table of chains has no tables")
-        run = self._connection.execute
+    def _format(self, connection: sqlite3.Connection) -> None:
+        run = connection.execute
         run("BEGIN IMMEDIATE")
         for statement in _TABLES:
             run(statement)
@@ -127,7 +127,6 @@ class Store:
         run("INSERT INTO own VALUES (?, ?)", (secrets.token_hex(16), self.key.public_key))
         run("INSERT INTO commits VALUES (0)")
         run("COMMIT")
-        run("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _check_schema(self) -> None:
         try:
@@ -147,6 +146,7 @@ class Store:
             raise failure.of("STORAGE", f"the last {lost} transactions are missing")
         if self._mark.is_new and self._commits:
             raise failure.of("STORAGE", "the file `acknowledged` is missing")
+        sqlite.make_durable(self._connection, self._path)
         self._mark.format()
         self.incarnation = str(incarnation)
 

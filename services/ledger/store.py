@@ -99,22 +99,21 @@ class Store:
         if self._acknowledged.is_new and not (self._directory / "seal.key").exists():
             SigningKey.make(self._directory / "seal.key")
         self.key = SigningKey.load(self._directory / "seal.key")
+        if not size:
+            if not self._acknowledged.is_new:
+                raise failure.of("STORAGE", "record 1: the event table is missing")
+            sqlite.make(self._path, self._format)
         self._connection = sqlite.connect(self._path)
-        if not self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-            self._format()
         self._check_schema()
 
-    def _format(self) -> None:
-        if not self._acknowledged.is_new:
-            raise failure.of("STORAGE", "record 1: the event table has no tables")
-        run = self._connection.execute
+    def _format(self, connection: sqlite3.Connection) -> None:
+        run = connection.execute
         run("BEGIN IMMEDIATE")
         for statement in _TABLES:
             run(statement)
         run("INSERT INTO schema_version VALUES (?)", (SCHEMA_VERSION,))
         run("INSERT INTO chain VALUES (?, ?)", (secrets.token_hex(16), self.key.public_key))
         run("COMMIT")
-        run("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def _check_schema(self) -> None:
         try:
@@ -153,6 +152,7 @@ class Store:
             check.refuse(check.number + 1, f"it is missing; {kept.number} were acknowledged")
         if kept.is_new and check.number:
             check.refuse(check.number, "the file `acknowledged` is missing")
+        sqlite.make_durable(self._connection, self._path)
         kept.format()
         self.number, self.head, self.boot_epoch = check.number, check.head, check.boot_epoch
 

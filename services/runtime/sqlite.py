@@ -15,10 +15,12 @@ import fcntl
 import os
 import sqlite3
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from grafos_core import failure
+from grafos_proto.wire.credentials import write_file
 
 _SLOT: Final = struct.Struct("<8sQ32sI12x")
 _SLOT_MAGIC: Final = b"grafosAK"
@@ -48,6 +50,50 @@ def connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def make(path: Path, fill: Callable[[sqlite3.Connection], None]) -> None:
+    """A new file, which appears when it is whole: before that a power cut leaves nothing of it."""
+    draft = path.with_name(f"{path.name}.new")
+    for left in path.parent.glob(f"{draft.name}*"):
+        left.unlink()
+    connection = connect(draft)
+    try:
+        fill(connection)
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    finally:
+        connection.close()
+    os.replace(draft, path)
+    _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def make_durable(connection: sqlite3.Connection, path: Path) -> None:
+    """Call it before anybody is told what is in the table, or that there is one.
+
+    A predecessor that was killed between a write and its sync left transactions that every reader
+    finds and the next power cut takes away; after a failed sync the same goes for pages that look
+    clean. Folding the log in writes them again; where the disk is full, a sync is what is left.
+    """
+    try:
+        _sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        except sqlite3.Error as error:
+            if not is_full(error):
+                raise
+            log = path.with_name(f"{path.name}-wal")
+            if log.exists():
+                _sync(log, os.O_RDWR)
+    except (sqlite3.Error, OSError) as error:
+        raise failure.of("STORAGE", f"the log of {path.name} cannot be synced: {error}") from error
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_lost(path: Path) -> bool:
@@ -82,20 +128,21 @@ class Mark:
     """
 
     def __init__(self, path: Path) -> None:
-        self.is_new = not path.exists()
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._turn = 0
+        self._path, self._descriptor, self._turn = path, -1, 0
         self.number, self.hash = 0, bytes(32)
+        self.is_new = not path.exists() or path.stat().st_size == 0
+        if not self.is_new:
+            self._open()
+
+    def _open(self) -> None:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         slots = [self._read(index) for index in (0, 1)]
         found = [slot for slot in slots if slot is not None]
-        if found:
-            self.number, self.hash = max(found)
-            self._turn = 1 - slots.index(max(found))
-        elif os.fstat(self._descriptor).st_size:
-            os.close(self._descriptor)
-            raise failure.of("STORAGE", f"the file `{path.name}` is damaged")
-        else:
-            self.is_new = True
+        if not found:
+            self.close()
+            raise failure.of("STORAGE", f"the file `{self._path.name}` is damaged")
+        self.number, self.hash = max(found)
+        self._turn = 1 - slots.index(max(found))
 
     def _read(self, index: int) -> tuple[int, bytes] | None:
         data = os.pread(self._descriptor, _SLOT.size, index * _SLOT.size)
@@ -107,19 +154,22 @@ class Mark:
         return number, hash
 
     def format(self) -> None:
-        """Both slots with what is known, synced: from now on a missing file is a damage."""
+        """Both slots with what is known. The file appears whole, or a power cut in between would
+        leave one that looks damaged; from now on a missing one is."""
         if self.is_new:
-            self.write(self.number, self.hash)
-            self.write(self.number, self.hash)
-            os.fsync(self._descriptor)
+            write_file(self._path, self._slot() * 2, mode=0o600)
+            self._open()
             self.is_new = False
 
     def write(self, number: int, hash: bytes) -> None:
-        data = _SLOT.pack(_SLOT_MAGIC, number, hash, 0)
-        data = _SLOT.pack(_SLOT_MAGIC, number, hash, binascii.crc32(data[:_CHECKED_BYTES]))
-        os.pwrite(self._descriptor, data, self._turn * _SLOT.size)
-        self._turn = 1 - self._turn
         self.number, self.hash = number, hash
+        os.pwrite(self._descriptor, self._slot(), self._turn * _SLOT.size)
+        self._turn = 1 - self._turn
+
+    def _slot(self) -> bytes:
+        checked = _SLOT.pack(_SLOT_MAGIC, self.number, self.hash, 0)[:_CHECKED_BYTES]
+        return _SLOT.pack(_SLOT_MAGIC, self.number, self.hash, binascii.crc32(checked))
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
