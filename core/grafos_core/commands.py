@@ -44,6 +44,15 @@ class Grant:
 
 
 @dataclass(frozen=True, slots=True)
+class GrantBundle:
+    """Several grants of one holder, all of them or none; each under a request id of its own, see
+    `bundle.member_id`."""
+
+    request_id: str
+    grants: tuple[Grant, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Attach:
     request_id: str
     lease_id: LeaseId
@@ -202,7 +211,7 @@ class SetMode:
 
 
 Command = (
-    Grant | Attach | Renew | End | ReportBound | Credit | Burn | ClearFence | SetQuota
+    Grant | GrantBundle | Attach | Renew | End | ReportBound | Credit | Burn | ClearFence | SetQuota
     | ForgetNode | Refusal | PublishKey | RevokeKey | Register | SetMode
 )  # fmt: skip
 
@@ -229,6 +238,8 @@ class Step:
     events: tuple[Event, ...] = ()
     lease: Lease | None = None
     failure: FabricError | None = None
+    leases: tuple[Lease, ...] = ()
+    """Of a bundle, in its order."""
     nodes: frozenset[NodeId] = frozenset()
     """Nodes that have a new obligation; they also ask each second."""
 

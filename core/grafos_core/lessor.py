@@ -15,11 +15,11 @@ it is forgotten at a restart, so nothing is granted on a node before it has been
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from grafos_core import failure, spiffe
-from grafos_core.books import BookView
+from grafos_core import bundle, failure, spiffe
+from grafos_core.books import BookView, CapacityBook, Place
 from grafos_core.commands import (
     Attach,
     Burn,
@@ -30,6 +30,7 @@ from grafos_core.commands import (
     Event,
     ForgetNode,
     Grant,
+    GrantBundle,
     LiveLease,
     Obligation,
     PublishedKey,
@@ -129,7 +130,8 @@ class Lessor:
         self.state = state or LedgerState(default_limit)
         self._presence: dict[NodeId, Presence] = {}
         self._deciders: dict[type, Callable[[Any, int], Step]] = {
-            Grant: self._grant, Attach: self._attach, Renew: self._renew, End: self._end,
+            Grant: self._grant, GrantBundle: self._grant_bundle, Attach: self._attach,
+            Renew: self._renew, End: self._end,
             ReportBound: self._report_bound, Credit: self._credit, Burn: self._burn,
             ClearFence: self._clear, SetQuota: self._set_quota, ForgetNode: self._forget,
             Refusal: self._refusal, PublishKey: self._publish_key, Register: self._register,
@@ -242,6 +244,12 @@ class Lessor:
         known = self.state.requests.get((ask.tenant, ask.request_id))
         if known is not None:
             return self._again(self._own(known, ask.tenant, ask.holder), ask.key_id, now_ms)
+        lease = self._decided(ask, [], now_ms)
+        return self._commit(_granted(lease, ask), lease_id=lease.lease_id)
+
+    def _decided(self, ask: Grant, before: list[Lease], now_ms: int) -> Lease:
+        """The lease that is granted. `before` are those that are granted with it: their place is
+        taken in the books of the nodes already, and is not charged to the tenant yet."""
         self._check_shape(ask)
         node = self._check_node(ask, now_ms)
         offset = node.books[ask.kind].find(ask.amount)
@@ -249,11 +257,53 @@ class Lessor:
             view = node.books[ask.kind].view(available=True)
             text = f"{ask.kind}: {view.free} free, {ask.amount} asked"
             raise failure.of("NO_CAPACITY", text, retry_after_ms=1000)
-        self.state.quotas.check_charge(ask.tenant, ask.kind, ask.amount)
-        lease = self._make_lease(ask, node, offset, now_ms)
-        body = lease_to_body(lease) | {"decision": ask.decision[:REASON_CHARS_MAX]}
-        event = Event("lease.granted", now_ms, lease.lease_id, lease.epoch, body)
-        return self._commit(event, lease_id=lease.lease_id)
+        alike = [lease for lease in before if lease.kind is ask.kind]
+        amount = ask.amount + sum(lease.amount for lease in alike)
+        self.state.quotas.check_charge(ask.tenant, ask.kind, amount, len(alike) + 1)
+        epoch = node.epochs.get(ask.kind, 0) + 1
+        epoch += sum(lease.node_id == ask.node_id for lease in alike)
+        return self._make_lease(ask, node, offset, epoch, now_ms)
+
+    def _grant_bundle(self, ask: GrantBundle, now_ms: int) -> Step:
+        """All or none: one step, whose events become durable together."""
+        bundle.check(ask)
+        known = bundle.granted_before(ask, self.state.requests)
+        if known:
+            return self._bundle_again(ask, known, now_ms)
+        leases = self._decided_together(ask.grants, now_ms)
+        tag = {"bundle": ask.request_id, "members": len(leases)}
+        events = [_granted(x, grant, tag) for x, grant in zip(leases, ask.grants, strict=True)]
+        step = self._commit(*events)
+        return replace(step, leases=tuple(self.state.leases[x.lease_id] for x in leases))
+
+    def _decided_together(self, grants: tuple[Grant, ...], now_ms: int) -> list[Lease]:
+        """Each as if those before it were granted already; nothing stays changed."""
+        made: list[Lease] = []
+        try:
+            for index, grant in enumerate(grants):
+                with bundle.named(index, grant.kind):
+                    lease = self._decided(grant, made, now_ms)
+                self._book(lease).take(lease.extent_offset, lease.amount)
+                made.append(lease)
+        finally:
+            for lease in reversed(made):
+                self._book(lease).give_back(Place.LEASED, lease.extent_offset, lease.amount)
+        return made
+
+    def _bundle_again(self, ask: GrantBundle, known: list[LeaseId], now_ms: int) -> Step:
+        steps = []
+        for grant, lease_id in zip(ask.grants, known, strict=True):
+            lease = self._own(lease_id, grant.tenant, grant.holder)
+            if (grant.kind, grant.amount) != (lease.kind, lease.amount):
+                raise bundle.other_content()
+            self._check_signer(grant.key_id)
+            steps.append((lease, grant.key_id))
+        again = [self._again(lease, key_id, now_ms) for lease, key_id in steps]
+        events = tuple(event for step in again for event in step.events)
+        return Step(events, leases=tuple(step.lease for step in again if step.lease))
+
+    def _book(self, lease: Lease) -> CapacityBook:
+        return self.state.nodes[lease.node_id].books[lease.kind]
 
     def _again(self, lease: Lease, key_id: str, now_ms: int) -> Step:
         """A request that was answered before; its new token may be signed by another key."""
@@ -300,14 +350,13 @@ class Lessor:
             raise failure.of("NODE_NOT_READY", f"{ask.kind} is not ready there")
         return node
 
-    def _make_lease(self, ask: Grant, node: Node, offset: int, now_ms: int) -> Lease:
+    def _make_lease(self, ask: Grant, node: Node, offset: int, epoch: int, now_ms: int) -> Lease:
         class_ms = LIFETIME_MS_MAX[ask.policy.priority]
         bounds = [ms for ms in (class_ms, ask.lifetime_ms) if ms is not None]
         lifetime_end_ms = now_ms + min(bounds) if bounds else None
         end_ms = now_ms + ask.ttl_ms
         if lifetime_end_ms is not None:
             end_ms = min(end_ms, lifetime_end_ms)
-        epoch = node.epochs.get(ask.kind, 0) + 1
         failure.invariant(epoch <= EPOCH_MAX, "the epochs of a node are used up")
         return Lease(
             lease_id=ask.lease_id, request_id=ask.request_id, tenant=ask.tenant,
@@ -685,6 +734,11 @@ def ended_failure(lease: Lease) -> FabricError:
         code, lease.reason, lease_id=lease.lease_id, epoch=lease.epoch,
         cause=lease.cause.value if lease.cause else "",
     )  # fmt: skip
+
+
+def _granted(lease: Lease, ask: Grant, tag: Mapping[str, Any] | None = None) -> Event:
+    body = lease_to_body(lease) | {"decision": ask.decision[:REASON_CHARS_MAX]} | dict(tag or {})
+    return Event("lease.granted", lease.granted_at_ms, lease.lease_id, lease.epoch, body)
 
 
 def _ending(lease: Lease, cause: EndCause, now_ms: int, *, reason: str = "", grace_ms: int = 0,

@@ -50,10 +50,10 @@ class QuotaBook:
             raise failure.of("RANGE", f"quota: 0 to {UNLIMITED}")
         self._limits[tenant, kind] = limit
 
-    def check_charge(self, tenant: TenantId, kind: Kind, amount: int) -> None:
+    def check_charge(self, tenant: TenantId, kind: Kind, amount: int, count: int = 1) -> None:
         """Refuse with RateLimited QUOTA what would pass the limit; changes nothing."""
         limit, usage = self.limit(tenant, kind), self.usage(tenant, kind)
-        if usage.count + 1 > limit.count:
+        if usage.count + count > limit.count:
             raise failure.of(
                 "QUOTA", f"{kind}: {usage.count} of {limit.count} leases", retry_after_ms=1000
             )

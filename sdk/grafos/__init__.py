@@ -18,6 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from grafos._block import BlockBuilder, BlockLease, FabricBlock
+from grafos._bundle import Bundle, BundleLease
 from grafos._lease import Lease, LeaseStatus
 from grafos._memory import FabricMem, MemBuilder, MemLease
 from grafos._notice import Notice
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockBuilder",
     "BlockLease",
+    "Bundle",
+    "BundleLease",
     "DeadlineExceeded",
     "Degraded",
     "Denied",

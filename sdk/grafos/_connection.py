@@ -18,7 +18,7 @@ import secrets
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -33,7 +33,7 @@ from grafos._notice import Notice
 from grafos._pulse import Pulse
 from grafos._receipt import NodeKey, TeardownReceipt, from_slip
 from grafos._revocation import Revocation, revocations
-from grafos_core import failure, lease
+from grafos_core import bundle, failure, lease
 from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
 from grafos_core.holder import HolderLease
 from grafos_core.lease import LeaseState
@@ -248,24 +248,55 @@ class Fabric:
         """Ask admission, bind at the node, join its session. Whatever fails is given back."""
         self._before_call()
         started_ns = _clock.boot_ns()
-        wait_ms = EVIDENCE_MS_MAX if request.wait_ms is None else request.wait_ms
-        message = admission_pb2.AcquireRequest(
-            request_id=new_request_id(),
-            kind=convert.kind_to_proto(lease.Kind(request.kind)),
-            amount=request.amount or 0,
-            ttl_ms=request.ttl_ms,
-            wait_ms=request.wait_ms or 0,
-            has_wait=request.wait_ms is not None,
-            where=dict(request.where),
-        )
-        if request.keep:
-            message.policy.on_holder_exit = lease.OnHolderExit.KEEP.value
-        message.policy.on_disconnect = request.on_disconnect
-        message.policy.reconnect_ms = request.reconnect_ms
-        answer = self._ask("Acquire", message, wait_ms + ANSWER_MS_MAX)
-        taken = self._bind("Bind", answer, request, made)
+        taken = self._bind("Bind", self._granted(request), request, made)
         _count("acquire", taken, started_ns)
         return taken
+
+    def _granted(self, request: Request) -> Any:
+        """The grant alone, and the token to bind it with."""
+        message = _message_of(request)
+        message.request_id = new_request_id()
+        message.wait_ms, message.has_wait = request.wait_ms or 0, request.wait_ms is not None
+        return self._ask("Acquire", message, _waits_ms(request.wait_ms) + ANSWER_MS_MAX)
+
+    def _acquire_bundle(
+        self, members: Sequence[tuple[Request, type[Lease]]], wait_ms: int | None
+    ) -> list[Lease]:
+        """Ask for all at once, then bind each. Whatever fails, all are given back."""
+        self._before_call()
+        started_ns = _clock.boot_ns()
+        message = admission_pb2.AcquireBundleRequest(
+            request_id=new_request_id(),
+            members=[_message_of(request) for request, _ in members],
+            wait_ms=wait_ms or 0,
+            has_wait=wait_ms is not None,
+        )
+        answer = self._ask("AcquireBundle", message, _waits_ms(wait_ms) + ANSWER_MS_MAX)
+        taken: list[Lease] = []
+        try:
+            for (request, made), granted in zip(members, answer.members, strict=True):
+                with bundle.named(len(taken), request.kind):
+                    taken.append(self._bind("Bind", granted, request, made))
+        except BaseException as error:
+            self._undo_bundle(taken, answer.members[len(taken) + 1 :], error)
+            raise
+        for each in taken:
+            _count("acquire", each, started_ns)
+        return taken
+
+    def _undo_bundle(
+        self, taken: Sequence[Lease], unbound: Sequence[Any], error: BaseException
+    ) -> None:
+        """The last first. One that cannot be taken back fences its own slice alone."""
+        for granted in reversed(unbound):
+            node = self._node(granted.lease.node_id, granted.node_endpoint)
+            kind = convert.kind_from_proto(granted.lease.kind).value
+            self._unbound(Grip(node, granted.lease.lease_id, granted.lease.epoch, kind, keep=False))
+        for each in reversed(taken):
+            try:
+                each.release()
+            except FabricError as failed:
+                error.add_note(f"and lease {each.lease_id} could not be given back: {failed}")
 
     def _attach(self, lease_id: str, request: Request, made: type[L]) -> L:
         self._before_call()
@@ -605,6 +636,25 @@ def _identity_for(identity: str | Path | Credentials | None) -> Provider:
     if running is None:
         raise failure.of("IDENTITY", "no identity: set GRAFOS_IDENTITY_DIR, or pass identity=")
     return _identity.from_socket(running.identity_socket)
+
+
+def _message_of(request: Request) -> admission_pb2.AcquireRequest:
+    """What is asked for, without an id and without a word on waiting."""
+    message = admission_pb2.AcquireRequest(
+        kind=convert.kind_to_proto(lease.Kind(request.kind)),
+        amount=request.amount or 0,
+        ttl_ms=request.ttl_ms,
+        where=dict(request.where),
+    )
+    if request.keep:
+        message.policy.on_holder_exit = lease.OnHolderExit.KEEP.value
+    message.policy.on_disconnect = request.on_disconnect
+    message.policy.reconnect_ms = request.reconnect_ms
+    return message
+
+
+def _waits_ms(wait_ms: int | None) -> int:
+    return EVIDENCE_MS_MAX if wait_ms is None else wait_ms
 
 
 def _is_settled(found: Any) -> bool:

@@ -52,6 +52,21 @@ class Ledger:
         if self._refusals:
             self.commit_all([], timeout_ms=UPKEEP_TIMEOUT_MS)
 
+    def commit_each(
+        self, commands: Sequence[ledger_pb2.Command], timeout_ms: int
+    ) -> Sequence[ledger_pb2.Outcome]:
+        """As `commit`, for what came together: it goes together, without waiting for anybody."""
+        if len(commands) == 1:
+            return [self.commit(commands[0], timeout_ms)]
+        return self.commit_all(commands, min(timeout_ms, COMMIT_TIMEOUT_MS))
+
+    def renew_each(
+        self, asks: Sequence[ledger_pb2.LedgerRenew], timeout_ms: int
+    ) -> Sequence[ledger_pb2.Outcome]:
+        if len(asks) == 1:
+            return [self.renew(asks[0], timeout_ms)]
+        return self._renew(asks, min(timeout_ms, COMMIT_TIMEOUT_MS))
+
     def commit_all(
         self, commands: Sequence[ledger_pb2.Command], timeout_ms: int = COMMIT_TIMEOUT_MS
     ) -> Sequence[ledger_pb2.Outcome]:
@@ -78,9 +93,11 @@ class Ledger:
             room = max(0, REFUSALS_MAX - len(self._refusals))
             self._refusals.extendleft(reversed(refusals[:room]))
 
-    def _renew(self, asks: Sequence[ledger_pb2.LedgerRenew]) -> Sequence[ledger_pb2.Outcome]:
+    def _renew(
+        self, asks: Sequence[ledger_pb2.LedgerRenew], timeout_ms: int = COMMIT_TIMEOUT_MS
+    ) -> Sequence[ledger_pb2.Outcome]:
         request = ledger_pb2.LedgerRenewRequest(renewals=asks)
-        response = self._remote.call("Renew", request, timeout_ms=COMMIT_TIMEOUT_MS)
+        response = self._remote.call("Renew", request, timeout_ms=timeout_ms)
         outcomes: list[ledger_pb2.Outcome] = list(response.outcomes)
         return outcomes
 

@@ -9,64 +9,60 @@ that is not theirs does not exist.
 
 from __future__ import annotations
 
-import secrets
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, TypeVar
 
 import grpc
 
-from grafos_core import failure, placement, spiffe
+from grafos_core import bundle, failure, placement, spiffe
 from grafos_core.failure import FabricError
 from grafos_core.lease import (
-    AMOUNT_MAX,
-    TOKEN_MS_DEFAULT,
-    TTL_MS_DEFAULT,
     USABLE,
     Lease,
     LeaseId,
     NodeId,
     check_lease_id,
     check_request_id,
-    check_ttl,
 )
 from grafos_core.lessor import (
     NodeView,
     ended_failure,
     principal,
 )
+from grafos_core.packing import NoPlace
 from grafos_core.placement import Admit, Deny, Request
 from grafos_core.spiffe import Identity, Role
 from grafos_proto.v1 import admission_pb2, lease_pb2, ledger_pb2
 from grafos_proto.v1.admission_pb2_grpc import AdmissionServiceServicer
 from grafos_proto.wire import convert
-from grafos_proto.wire.failures import failure_of
+from grafos_proto.wire.failures import detail_of
+from services.admission import asking
+from services.admission.asking import ELSEWHERE, holder, read_request, time_left_ms
+from services.admission.batches import REQUESTS_MAX, Batches, attempt, lease_or_failure
+from services.admission.bundles import NOWHERE, Bundles
 from services.admission.ledger import Ledger
 from services.admission.revocations import Revocations, sees
 from services.admission.tokens import Minter
 from services.admission.view import FabricView
 from services.runtime.clock import Clock
 from services.runtime.faults import fault
-from services.runtime.server import deadline_left_ms, peer
+from services.runtime.server import peer
 from services.runtime.telemetry import Metrics
 
-EVIDENCE_WAIT_MS: Final = 3_000
-WAIT_MS_MAX: Final = 600_000
-RETURN_OVERHEAD_MS: Final = 200
-"""Kept back of the caller's deadline, so that the inner refusal is the one it hears."""
-LABELS_MAX: Final = 16
 LIST_LIMIT_DEFAULT, LIST_LIMIT_MAX = 1_000, 10_000
 LIST_BYTES_MAX: Final = 512 * 1024
 LOOK_AGAIN_MS: Final = 250
 WATCHES_MAX: Final = 32
 """Each takes a thread here and a stream of our one connection to the ledger, which has 64."""
 WATCHES_PER_CALLER_MAX: Final = 8
-NOWHERE: Final = "0" * 32
-"""The incarnation of no node."""
 
+BUNDLE: Final = "bundle"
+"""The kind under which the waiting of a bundle is counted."""
 
+T = TypeVar("T")
 _Asked = admission_pb2.ListLeasesRequest
 _Listing = admission_pb2.ListLeasesResponse
 
@@ -78,6 +74,7 @@ class AdmissionServicer(AdmissionServiceServicer):
         self._view, self._ledger, self._minter, self._clock = view, ledger, minter, clock
         self._places = WatchPlaces()
         self._revocations = Revocations(ledger)
+        self._batches, self._bundles = Batches(ledger, minter), Bundles(ledger, minter)
         self._decisions = metrics.counter("grafos_admission_decisions")
         self._waited = metrics.histogram("grafos_admission_wait_seconds")
         self._took = metrics.histogram("grafos_lease_acquire_seconds")
@@ -90,7 +87,7 @@ class AdmissionServicer(AdmissionServiceServicer):
     ) -> admission_pb2.AcquireResponse:
         fault("admission.decide")
         ask = read_request(request)
-        who = _holder()
+        who = holder()
         started_ns = self._clock.boot_ns()
         try:
             return self._answer(self._decide(ask, request, who))
@@ -108,25 +105,78 @@ class AdmissionServicer(AdmissionServiceServicer):
         return lease
 
     def _acquire(self, ask: Request, request: admission_pb2.AcquireRequest, who: Identity) -> Lease:
+        return self._waiting(
+            request, ask.kind.value,
+            lambda nodes: self._try_once(ask, request, who, nodes),
+            lambda: self._granted_before(ask, request, who),
+        )  # fmt: skip
+
+    def _waiting(
+        self, request: admission_pb2.AcquireRequest | admission_pb2.AcquireBundleRequest, kind: str,
+        try_once: Callable[[Sequence[NodeView]], T | Deny | NoPlace | FabricError],
+        granted_before: Callable[[], T | None],
+    ) -> T:  # fmt: skip
+        """The first success, as long as the request may wait; looked for at every change."""
         started_ms = self._clock.boot_ms()
-        wait_ms = request.wait_ms if request.has_wait else EVIDENCE_WAIT_MS
-        until_ms = started_ms + min(wait_ms, deadline_left_ms() - RETURN_OVERHEAD_MS)
+        until_ms = started_ms + asking.waits_ms(request)
         asked_before = False
         while True:
             nodes, version = self._view.nodes()
-            outcome = self._try_once(ask, request, who, nodes)
-            if isinstance(outcome, Deny) and self._view.loaded and not asked_before:
+            outcome = try_once(nodes)
+            if isinstance(outcome, Deny | NoPlace) and self._view.loaded and not asked_before:
                 asked_before = True
-                outcome = self._granted_before(ask, request, who) or outcome
-            if isinstance(outcome, Lease):
+                outcome = granted_before() or outcome
+            if isinstance(outcome, Deny | NoPlace):
+                outcome = outcome.failure()
+            if not isinstance(outcome, FabricError):
                 waited_ms = self._clock.boot_ms() - started_ms
-                self._waited.labels(ask.kind.value).observe(waited_ms / 1000)
+                self._waited.labels(kind).observe(waited_ms / 1000)
                 return outcome
-            refusal = outcome.failure() if isinstance(outcome, Deny) else outcome
             left_ms = until_ms - self._clock.boot_ms()
-            if left_ms <= 0 or not _may_wait(refusal, request.has_wait):
-                raise refusal
+            if left_ms <= 0 or not asking.may_wait(outcome, request.has_wait):
+                raise outcome
             self._view.wait_change(version, min(left_ms, LOOK_AGAIN_MS))
+
+    def AcquireBundle(
+        self, request: admission_pb2.AcquireBundleRequest, context: grpc.ServicerContext
+    ) -> admission_pb2.AcquireBundleResponse:
+        fault("admission.decide")
+        asks, who = asking.read_bundle(request), holder()
+        try:
+            leases: list[Lease] = self._waiting(
+                request, BUNDLE,
+                lambda nodes: self._bundles.try_once(asks, request, who, nodes),
+                lambda: self._bundles.granted_before(asks, request, who),
+            )  # fmt: skip
+        except FabricError as refusal:
+            self._refused(asks[bundle.member_of(refusal) or 0], who, refusal)
+            raise
+        self._decisions.labels("admit", "").inc(len(leases))
+        members = []
+        for index, lease in enumerate(leases):
+            with bundle.named(index, lease.kind.value):
+                members.append(self._answer(lease))
+        return admission_pb2.AcquireBundleResponse(members=members)
+
+    def AcquireMany(
+        self, request: admission_pb2.AcquireManyRequest, context: grpc.ServicerContext
+    ) -> admission_pb2.AcquireManyResponse:
+        asking.check_many(request.requests, REQUESTS_MAX)
+        fault("admission.decide")
+        who, nodes = holder(), self._view.nodes()[0]
+        found = self._batches.acquire(request.requests, who, nodes)
+        response = admission_pb2.AcquireManyResponse()
+        for asked, (ask, outcome) in zip(request.requests, found, strict=True):
+            answer = _or_failure(outcome, self._answer)
+            if isinstance(answer, FabricError):
+                response.answers.add(failure=detail_of(answer))
+                waits = asking.may_wait(answer, asked.has_wait) and asking.waits_ms(asked) > 0
+                if ask is not None and not waits:
+                    self._refused(ask, who, answer)
+            else:
+                response.answers.add(response=answer)
+                self._decisions.labels("admit", "").inc()
+        return response
 
     def _try_once(
         self, ask: Request, request: admission_pb2.AcquireRequest, who: Identity,
@@ -162,32 +212,14 @@ class AdmissionServicer(AdmissionServiceServicer):
     def _grant(
         self, ask: Request, request: admission_pb2.AcquireRequest, who: Identity, place: Admit
     ) -> Lease | FabricError:
-        grant = ledger_pb2.Grant(
-            request_id=ask.request_id,
-            lease_id=secrets.token_hex(16),
-            tenant=who.tenant or "",
-            holder=str(who),
-            holder_key=peer().key_thumbprint,
-            kind=request.kind,
-            node_id=place.node_id,
-            incarnation=place.incarnation,
-            amount=place.amount,
-            ttl_ms=request.ttl_ms or TTL_MS_DEFAULT,
-            lifetime_ms=request.lifetime_ms,
-            bind_within_ms=TOKEN_MS_DEFAULT,
-            policy=convert.policy_to_proto(ask.policy),
-            decision=f"admit {place.node_id}: {place.reason}",
-            key_id=self._minter.key_id,
-        )
-        outcome = self._ledger.commit(ledger_pb2.Command(grant=grant), self._time_left())
-        if outcome.HasField("failure"):
-            return failure_of(outcome.failure)
-        return convert.lease_from_proto(outcome.lease)
+        grant = asking.grant_of(ask, request, who, place, self._minter.key_id)
+        outcome = self._ledger.commit(ledger_pb2.Command(grant=grant), time_left_ms())
+        return lease_or_failure(outcome)
 
     def Attach(
         self, request: admission_pb2.AttachRequest, context: grpc.ServicerContext
     ) -> admission_pb2.AcquireResponse:
-        who = _holder()
+        who = holder()
         attach = ledger_pb2.AttachLease(
             request_id=check_request_id(request.request_id),
             lease_id=check_lease_id(request.lease_id),
@@ -208,8 +240,32 @@ class AdmissionServicer(AdmissionServiceServicer):
             raise
 
     def _renew(self, request: admission_pb2.RenewRequest) -> admission_pb2.RenewResponse:
-        who = _holder()
-        ask = ledger_pb2.LedgerRenew(
+        renewal = self._renewal(request, holder())
+        return self._renewed(_read_outcome(self._ledger.renew(renewal, time_left_ms())))
+
+    def RenewMany(
+        self, request: admission_pb2.RenewManyRequest, context: grpc.ServicerContext
+    ) -> admission_pb2.RenewManyResponse:
+        asking.check_many(request.requests, REQUESTS_MAX)
+        who = holder()
+        renewals = [
+            attempt(lambda one=one: self._renewal(one, who))  # type: ignore[misc]
+            for one in request.requests
+        ]
+        response = admission_pb2.RenewManyResponse()
+        for outcome in self._batches.renew(renewals):
+            answer = _or_failure(outcome, self._renewed)
+            if isinstance(answer, FabricError):
+                self._not_renewed.labels(answer.code).inc()
+                response.answers.add(failure=detail_of(answer))
+            else:
+                response.answers.add(response=answer)
+        return response
+
+    def _renewal(
+        self, request: admission_pb2.RenewRequest, who: Identity
+    ) -> ledger_pb2.LedgerRenew:
+        return ledger_pb2.LedgerRenew(
             request_id=check_request_id(request.request_id),
             lease_id=check_lease_id(request.lease_id),
             ttl_ms=request.ttl_ms,
@@ -217,7 +273,8 @@ class AdmissionServicer(AdmissionServiceServicer):
             holder=str(who),
             key_id=self._minter.key_id,
         )
-        lease = _read_outcome(self._ledger.renew(ask, self._time_left()))
+
+    def _renewed(self, lease: Lease) -> admission_pb2.RenewResponse:
         text, _ = self._mint(lease)
         return admission_pb2.RenewResponse(lease=convert.lease_to_proto(lease), token=text)
 
@@ -237,17 +294,25 @@ class AdmissionServicer(AdmissionServiceServicer):
     def Release(
         self, request: admission_pb2.ReleaseRequest, context: grpc.ServicerContext
     ) -> admission_pb2.ReleaseResponse:
-        who = peer().identity
-        end = ledger_pb2.EndLease(
-            request_id=check_request_id(request.request_id),
-            lease_id=check_lease_id(request.lease_id),
-            cause="release",
-            by=str(who),
-            tenant=who.tenant or "",
-            holder=str(who) if who.role is Role.HOLDER else "",
-        )
-        lease = self._commit(ledger_pb2.Command(end=end))
+        lease = self._commit(ledger_pb2.Command(end=_released(request, peer().identity)))
         return admission_pb2.ReleaseResponse(lease=convert.lease_to_proto(lease))
+
+    def ReleaseMany(
+        self, request: admission_pb2.ReleaseManyRequest, context: grpc.ServicerContext
+    ) -> admission_pb2.ReleaseManyResponse:
+        asking.check_many(request.requests, REQUESTS_MAX)
+        who = peer().identity
+        ends = [
+            attempt(lambda one=one: _released(one, who))  # type: ignore[misc]
+            for one in request.requests
+        ]
+        response = admission_pb2.ReleaseManyResponse()
+        for outcome in self._batches.end(ends):
+            if isinstance(outcome, FabricError):
+                response.answers.add(failure=detail_of(outcome))
+            else:
+                response.answers.add().response.lease.CopyFrom(convert.lease_to_proto(outcome))
+        return response
 
     def Revoke(
         self, request: admission_pb2.RevokeRequest, context: grpc.ServicerContext
@@ -321,14 +386,7 @@ class AdmissionServicer(AdmissionServiceServicer):
     # helpers
 
     def _commit(self, command: ledger_pb2.Command) -> Lease:
-        return _read_outcome(self._ledger.commit(command, self._time_left()))
-
-    def _time_left(self) -> int:
-        """How long the ledger may take; less than the caller waits, so that it hears why."""
-        left_ms = deadline_left_ms()
-        if left_ms <= 0:
-            raise failure.of("DEADLINE")
-        return max(left_ms // 2, left_ms - RETURN_OVERHEAD_MS)
+        return _read_outcome(self._ledger.commit(command, time_left_ms()))
 
     def _mint(self, lease: Lease) -> tuple[str, int]:
         """For a lease that may be used now; a retried request may have come too late for that."""
@@ -348,43 +406,7 @@ class AdmissionServicer(AdmissionServiceServicer):
 
     def _refused(self, ask: Request, who: Identity, refusal: FabricError) -> None:
         self._decisions.labels("deny", refusal.code).inc()
-        self._ledger.record_refusal(
-            ledger_pb2.Refusal(
-                request_id=ask.request_id, tenant=who.tenant or "", holder=str(who),
-                kind=convert.kind_to_proto(ask.kind), amount=ask.amount, code=refusal.code,
-            )
-        )  # fmt: skip
-
-
-ELSEWHERE: Final = frozenset(
-    {"NO_CAPACITY", "NODE_NOT_READY", "PRECONDITION", "LEDGER_BEHIND", "NO_MATCH", "NOT_FOUND"}
-)
-"""Refusals of the ledger that another node may not meet."""
-
-
-def _may_wait(refusal: FabricError, wait_was_asked: bool) -> bool:
-    if refusal.code in ("NODE_NOT_READY", "LEDGER_BEHIND", "PRECONDITION"):
-        return True
-    return wait_was_asked and refusal.code in ("NO_CAPACITY", "QUOTA")
-
-
-def read_request(request: admission_pb2.AcquireRequest) -> Request:
-    """The request, every field of it checked."""
-    check_request_id(request.request_id)
-    kind = convert.kind_from_proto(request.kind)
-    if not 0 < request.amount <= AMOUNT_MAX:
-        raise failure.of("RANGE", f"amount: 1 to {AMOUNT_MAX}")
-    check_ttl(request.ttl_ms or TTL_MS_DEFAULT)
-    if request.wait_ms > WAIT_MS_MAX:
-        raise failure.of("RANGE", f"wait_ms: at most {WAIT_MS_MAX}")
-    if len(request.where) > LABELS_MAX:
-        raise failure.of("RANGE", f"where: at most {LABELS_MAX} labels")
-    where = dict(request.where)
-    for name, value in where.items():
-        spiffe.check_identifier(name, what="label")
-        spiffe.check_identifier(value, what="label value")
-    policy = convert.policy_from_proto(request.policy)
-    return Request(request.request_id, kind, request.amount, policy, where)
+        self._ledger.record_refusal(asking.refusal_of(ask, who, refusal))
 
 
 def explanation(
@@ -406,14 +428,6 @@ def explanation(
             node.terms.add(name=term.name, holds=term.holds, detail=term.detail)
         node.held_by.extend(x if own.get(x) else "another holder's" for x in report.held_by)
     return response
-
-
-def _holder() -> Identity:
-    """The caller, who must have a tenant: an operator holds nothing."""
-    who = peer().identity
-    if who.role is not Role.HOLDER:
-        raise failure.of("ROLE", "leases are for holders")
-    return who
 
 
 def _of_caller(request: _Asked) -> _Asked:
@@ -471,7 +485,23 @@ def _lease_events(
         yield admission_pb2.WatchLeasesResponse(revision=response.revision, event="progress")
 
 
+def _released(request: admission_pb2.ReleaseRequest, who: Identity) -> ledger_pb2.EndLease:
+    return ledger_pb2.EndLease(
+        request_id=check_request_id(request.request_id),
+        lease_id=check_lease_id(request.lease_id),
+        cause="release",
+        by=str(who),
+        tenant=who.tenant or "",
+        holder=str(who) if who.role is Role.HOLDER else "",
+    )
+
+
+def _or_failure(outcome: Lease | FabricError, make: Callable[[Lease], T]) -> T | FabricError:
+    return outcome if isinstance(outcome, FabricError) else attempt(lambda: make(outcome))
+
+
 def _read_outcome(outcome: ledger_pb2.Outcome) -> Lease:
-    if outcome.HasField("failure"):
-        raise failure_of(outcome.failure)
-    return convert.lease_from_proto(outcome.lease)
+    found = lease_or_failure(outcome)
+    if isinstance(found, FabricError):
+        raise found
+    return found

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
+from grafos_core import bundle, failure, spiffe
 from grafos_core import commands as c
-from grafos_core import failure, spiffe
 from grafos_core.books import BookView
 from grafos_core.lease import (
     AMOUNT_MAX,
@@ -69,6 +69,11 @@ def grant(ask: ledger_pb2.Grant) -> c.Grant:
         decision=ask.decision[:REASON_CHARS_MAX],
         key_id=key_id(ask.key_id),
     )
+
+
+def grant_bundle(ask: ledger_pb2.GrantBundle) -> c.GrantBundle:
+    bundle.check_count(len(ask.grants))
+    return c.GrantBundle(ask.request_id, tuple(grant(each) for each in ask.grants))
 
 
 def attach(ask: ledger_pb2.AttachLease) -> c.Attach:

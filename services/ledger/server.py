@@ -303,6 +303,8 @@ def _command(ask: ledger_pb2.Command) -> Command:
     match name:
         case "grant":
             return proto.grant(ask.grant)
+        case "grant_bundle":
+            return proto.grant_bundle(ask.grant_bundle)
         case "attach":
             return proto.attach(ask.attach)
         case "end":
@@ -329,6 +331,7 @@ def _outcome(step: Step) -> ledger_pb2.Outcome:
     outcome = ledger_pb2.Outcome()
     if step.lease is not None:
         outcome.lease.CopyFrom(convert.lease_to_proto(step.lease))
+    outcome.leases.extend(convert.lease_to_proto(lease) for lease in step.leases)
     if step.failure is not None:
         outcome.failure.CopyFrom(failures.detail_of(step.failure))
     return outcome

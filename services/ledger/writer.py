@@ -128,7 +128,7 @@ class Ledger:
         return answers
 
     def _decide(self, command: Command, now_ms: int) -> Step:
-        if isinstance(command, c.Grant | c.Attach):
+        if isinstance(command, c.Grant | c.GrantBundle | c.Attach):
             if self._store.full:
                 return Step(failure=failure.of("DISK", "the ledger's; renewals and releases go on"))
             if self._time.why:

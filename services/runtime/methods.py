@@ -54,8 +54,12 @@ _REFLECTION = "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 METHODS: Final[Mapping[str, Method]] = {
     _ADMISSION + "Acquire": _writes(_H, _O),
+    _ADMISSION + "AcquireBundle": _writes(_H),
+    _ADMISSION + "AcquireMany": _writes(_H),
     _ADMISSION + "Attach": _writes(_H),
     _ADMISSION + "Renew": _writes(_H),
+    _ADMISSION + "RenewMany": _writes(_H),
+    _ADMISSION + "ReleaseMany": _writes(_H),
     _ADMISSION + "Release": _writes(_H, _O),
     _ADMISSION + "Explain": _reads(_H, _O),
     _ADMISSION + "Get": _reads(_H, _O),

@@ -37,11 +37,12 @@ TWINS = [
     (grafos.BlockLease, aio.BlockLease), (grafos.FabricMem, aio.FabricMem),
     (grafos.FabricBlock, aio.FabricBlock), (grafos.MemBuilder, aio.MemBuilder),
     (grafos.BlockBuilder, aio.BlockBuilder), (grafos.Fabric, aio.Fabric),
-    (grafos.SharedLease, aio.SharedLease),
+    (grafos.SharedLease, aio.SharedLease), (grafos.Bundle, aio.Bundle),
+    (grafos.BundleLease, aio.BundleLease),
 ]  # fmt: skip
 OURS = {"sync", "notices", "endpoint", "closed"}
 """Members of the twin alone, and attributes that an original has only once it is made."""
-AT_ONCE = {"remaining_ms", "on_notice", "mem", "block", "map"}
+AT_ONCE = {"remaining_ms", "on_notice", "mem", "block", "map", "index", "count"}
 """What asks nobody; and whatever a builder has but these two."""
 OPENING = {"acquire", "attach"}
 
@@ -107,7 +108,7 @@ class TestInStep:
                 continue
             found = getattr(twin, name)
             waits = inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found)
-            may = name not in AT_ONCE and not issubclass(sync, Builder)
+            may = name not in AT_ONCE and not issubclass(sync, Builder | grafos.Bundle)
             assert waits is may, f"{twin.__name__}.{name}"
 
     @pytest.mark.parametrize(("sync", "twin"), TWINS, ids=lambda each: each.__name__)

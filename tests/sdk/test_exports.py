@@ -17,6 +17,8 @@ from grafos_core import failure
 PUBLIC = [
     "BlockBuilder",
     "BlockLease",
+    "Bundle",
+    "BundleLease",
     "DeadlineExceeded",
     "Degraded",
     "Denied",

@@ -35,7 +35,7 @@ from grafos_proto.v1 import (
     lease_pb2,
     node_pb2_grpc,
 )
-from grafos_proto.wire import certificates
+from grafos_proto.wire import certificates, failures
 from grafos_proto.wire.credentials import Credentials, IdentityFiles
 from services.nodeagent.datapath import DataPath, Ended, LeaseTable, MemoryStorage, OpenLease
 from services.nodeagent.dataport import DataPort, Terms
@@ -135,6 +135,32 @@ class Admission(admission_pb2_grpc.AdmissionServiceServicer):
             grant = Granted(lease, ttl_ms=ttl_ms, slot=next(self.book.slots))
             self.book.grants[lease.lease_id] = grant
             return self._answer(grant)
+
+    def AcquireBundle(self, request: Any, context: Any) -> Any:
+        self._heard("AcquireBundle", request)
+        return admission_pb2.AcquireBundleResponse(
+            members=[self.Acquire(member, context) for member in request.members]
+        )
+
+    def AcquireMany(self, request: Any, context: Any) -> Any:
+        self._heard("AcquireMany", request)
+        return self._each(admission_pb2.AcquireManyResponse(), request, self.Acquire, context)
+
+    def RenewMany(self, request: Any, context: Any) -> Any:
+        self._heard("RenewMany", request)
+        return self._each(admission_pb2.RenewManyResponse(), request, self.Renew, context)
+
+    def ReleaseMany(self, request: Any, context: Any) -> Any:
+        self._heard("ReleaseMany", request)
+        return self._each(admission_pb2.ReleaseManyResponse(), request, self.Release, context)
+
+    def _each(self, response: Any, request: Any, one: Any, context: Any) -> Any:
+        for each in request.requests:
+            try:
+                response.answers.add(response=one(each, context))
+            except FabricError as refused:
+                response.answers.add(failure=failures.detail_of(refused))
+        return response
 
     def Attach(self, request: Any, context: Any) -> Any:
         self._heard("Attach", request)

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from grafos_core import commands, placement
 from grafos_core import lessor as lessor_module
-from grafos_core import placement
 from grafos_core.books import CapacityBook, ExtentMap, Place
 from grafos_core.chain import Chain
-from grafos_core.commands import Event
+from grafos_core.commands import Event, GrantBundle
+from grafos_core.failure import FabricError
 from grafos_core.holder import HolderLease
 from grafos_core.lease import EndCause, LeaseState, OnDisconnect
 from grafos_core.ledger_state import LedgerState
@@ -71,6 +72,19 @@ def _frees_by_timeout(self: Lessor, lease: Any, now_ms: int) -> Event:
     return Event("lease.ending", now_ms, lease.lease_id, lease.epoch, body)
 
 
+def _grants_what_fits(self: Lessor, ask: GrantBundle, now_ms: int) -> commands.Step:
+    """Each member by itself, whatever becomes of the others."""
+    tag = {"bundle": ask.request_id, "members": len(ask.grants)}
+    steps = []
+    for grant in ask.grants:
+        try:
+            steps.append(self._grant(grant, now_ms))
+        except FabricError:
+            continue
+    events = [replace(x, body={**x.body, **tag}) for step in steps for x in step.events]
+    return commands.Step(tuple(events), leases=tuple(step.lease for step in steps if step.lease))
+
+
 def _first_extent(self: ExtentMap, length: int) -> int | None:
     return 0 if self._total >= length else None
 
@@ -106,7 +120,10 @@ def _no_quiesce(original: Any) -> Any:
 def _measures_nothing(original: Any) -> Any:
     def go_on(self: Endings, lease: Any, now: Any) -> Any:
         teardown = lease.teardown
-        if teardown is not None and teardown.next_step() in (Step.ERASE, Step.MEASURE):
+        if teardown is not None and teardown.next_step() in (
+            Step.ERASE,
+            Step.MEASURE,
+        ):
             while teardown.next_step() is not None:
                 teardown.done(teardown.next_step(), {}, now.boot_ms)
         return original(self, lease, now)
@@ -331,6 +348,7 @@ WARN = Orders._warn
 BUGS = (
     _bug("blocks are found without a look at what is free", 1, ExtentMap, "find", _first_extent),
     _bug("blocks that are taken stay on the list", 1, ExtentMap, "take", _extent_taken_unseen),
+    _bug("a bundle is granted as far as it fits", 1, Lessor, "_grant_bundle", _grants_what_fits),
     _bug("capacity comes back and is not taken away", 2, CapacityBook, "give_back", _gives_twice),
     _bug("an overdue receipt frees capacity", 3, Lessor, "_due_event", _frees_by_timeout),
     _bug("any receipt takes a slice out of quarantine", 3, Lessor, "_credit_fenced",

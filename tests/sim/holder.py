@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grafos_core import placement
+from grafos_core import bundle, placement
 from grafos_core.failure import FabricError
 from grafos_core.holder import HolderLease, RenewalPolicy
 from grafos_core.lease import (
@@ -108,6 +108,9 @@ class Holder:
 
     def _acquire(self) -> None:
         dice = self.world.dice
+        if dice.random() < 0.1:
+            self._acquire_all()
+            return
         kind = dice.choice([Kind.MEM, Kind.BLOCK])
         amount = dice.randint(1, 5) * (4096 if kind is Kind.MEM else 1)
         keep = dice.random() < 0.2
@@ -120,6 +123,17 @@ class Holder:
         ask = placement.Request(self._request(), kind, amount, policy)
         ttl_ms = dice.choice([1_000, 3_000, 10_000, 30_000])
         self._ask("ledger", self.ledger.acquire, ask, self, ttl_ms, policy)
+
+    def _acquire_all(self) -> None:
+        """Two or three things at once, now and then more than there is."""
+        dice, request_id = self.world.dice, self._request()
+        asks = []
+        for index in range(dice.randint(2, 3)):
+            kind = dice.choice([Kind.MEM, Kind.BLOCK])
+            amount = dice.randint(1, 6) * (4096 if kind is Kind.MEM else 1)
+            asks.append(placement.Request(bundle.member_id(request_id, index), kind, amount))
+        ttl_ms = dice.choice([1_000, 3_000, 10_000])
+        self._ask("ledger", self.ledger.acquire_all, asks, request_id, self, ttl_ms)
 
     def _ask(self, where: str, call: Any, *args: Any) -> None:
         self.world.send(self.name, where, call, *args)

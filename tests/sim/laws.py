@@ -42,6 +42,7 @@ class Laws:
             return False
         self._seen = len(self.ledger.durable)
         released = {event.lease_id for event in fresh if event.kind == "lease.released"}
+        self._whole_bundles(fresh)
         for event in fresh:
             if event.kind == "lease.released":
                 self._credit(event)
@@ -61,6 +62,16 @@ class Laws:
                     raise LawBroken(f"law 3: {kind} at {node_id} is free without a receipt")
                 self._free[node_id, kind] = view.free
         return True
+
+    def _whole_bundles(self, fresh: list[Event]) -> None:
+        """Law 1 for several things at once: what one step made durable has all members or none."""
+        granted: dict[str, list[Event]] = {}
+        for event in fresh:
+            if event.kind == "lease.granted" and "bundle" in event.body:
+                granted.setdefault(event.body["bundle"], []).append(event)
+        for request_id, events in granted.items():
+            if len(events) != events[0].body["members"]:
+                raise LawBroken(f"law 1: {len(events)} members of bundle {request_id} are granted")
 
     def _credit(self, event: Event) -> None:
         """Law 3, S12: what is credited was erased, and measured after that; except where a person

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from grafos_core import commands as c
-from grafos_core import placement
+from grafos_core import packing, placement
 from grafos_core.lease import (
     IN_GRACE,
     TOKEN_MS_DEFAULT,
@@ -131,8 +131,7 @@ class Ledger:
         if not isinstance(decision, placement.Admit):
             self.world.count("denied")
             return
-        self._numbers += 1
-        lease_id = LeaseId(f"{self._numbers:06x}" + f"{self.world.dice.getrandbits(104):026x}")
+        lease_id = self._new_id()
         step = self._do(
             c.Grant(
                 ask.request_id, lease_id, holder.tenant, holder.name, holder.key, ask.kind,
@@ -142,6 +141,40 @@ class Ledger:
         )  # fmt: skip
         if step.lease is not None:
             self._answer(holder, holder.granted, step.lease)
+
+    def acquire_all(
+        self, asks: list[placement.Request], request_id: str, holder: Any, ttl_ms: int
+    ) -> None:
+        """A bundle: all or none, also where its nodes are fuller by now than admission thinks."""
+        if not self._may_promise():
+            return
+        nodes = self.lessor.nodes(self.now_ms)
+        places: Any = packing.place_all(asks, nodes)
+        if isinstance(places, packing.NoPlace):
+            guesses = [placement.evaluate(ask, nodes) for ask in asks]
+            if not all(isinstance(each, placement.Admit) for each in guesses):
+                return
+            places = guesses
+        step = self._do(
+            c.GrantBundle(
+                request_id,
+                tuple(
+                    c.Grant(
+                        ask.request_id, self._new_id(), holder.tenant, holder.name, holder.key,
+                        ask.kind, place.node_id, place.incarnation, place.amount, ttl_ms, None,
+                        TOKEN_MS_DEFAULT, ask.policy, key_id=self.key_id,
+                    )
+                    for ask, place in zip(asks, places, strict=True)
+                ),
+            )
+        )  # fmt: skip
+        self.world.count("bundles_refused" if step.failure else "bundles")
+        for lease in step.leases:
+            self._answer(holder, holder.granted, lease)
+
+    def _new_id(self) -> LeaseId:
+        self._numbers += 1
+        return LeaseId(f"{self._numbers:06x}" + f"{self.world.dice.getrandbits(104):026x}")
 
     def renew(self, request_id: str, holder: Any, lease_id: LeaseId, ttl_ms: int) -> None:
         if self.up:

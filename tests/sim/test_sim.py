@@ -43,7 +43,7 @@ def test_the_days_were_bad_enough_to_mean_something(totals: dict[str, int]) -> N
         "forced_teardown": 0.01, "agent.attached": 0.02, "agent.detached": 0.2,
         "agent.cleared": 0.5, "agent.probed": 1, "stirs": 0.1, "agent.clear_failed": 0.02,
         "lease.denied": 0, "hang_ups": 1, "disconnected": 0.5,
-        "key.revoked": 0.2, "ended_with_its_key": 0.5,
+        "bundles": 1, "bundles_refused": 0.1, "key.revoked": 0.2, "ended_with_its_key": 0.5,
         "wall_steps": 1, "sleeps": 0.5,
     }  # fmt: skip
     lacking = {

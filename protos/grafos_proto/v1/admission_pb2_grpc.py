@@ -40,6 +40,16 @@ class AdmissionServiceStub:
                 request_serializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireRequest.SerializeToString,
                 response_deserializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireResponse.FromString,
                 _registered_method=True)
+        self.AcquireBundle = channel.unary_unary(
+                '/grafos.v1.AdmissionService/AcquireBundle',
+                request_serializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireBundleRequest.SerializeToString,
+                response_deserializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireBundleResponse.FromString,
+                _registered_method=True)
+        self.AcquireMany = channel.unary_unary(
+                '/grafos.v1.AdmissionService/AcquireMany',
+                request_serializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireManyRequest.SerializeToString,
+                response_deserializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireManyResponse.FromString,
+                _registered_method=True)
         self.Attach = channel.unary_unary(
                 '/grafos.v1.AdmissionService/Attach',
                 request_serializer=grafos__proto_dot_v1_dot_admission__pb2.AttachRequest.SerializeToString,
@@ -50,10 +60,20 @@ class AdmissionServiceStub:
                 request_serializer=grafos__proto_dot_v1_dot_admission__pb2.RenewRequest.SerializeToString,
                 response_deserializer=grafos__proto_dot_v1_dot_admission__pb2.RenewResponse.FromString,
                 _registered_method=True)
+        self.RenewMany = channel.unary_unary(
+                '/grafos.v1.AdmissionService/RenewMany',
+                request_serializer=grafos__proto_dot_v1_dot_admission__pb2.RenewManyRequest.SerializeToString,
+                response_deserializer=grafos__proto_dot_v1_dot_admission__pb2.RenewManyResponse.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/grafos.v1.AdmissionService/Release',
                 request_serializer=grafos__proto_dot_v1_dot_admission__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=grafos__proto_dot_v1_dot_admission__pb2.ReleaseResponse.FromString,
+                _registered_method=True)
+        self.ReleaseMany = channel.unary_unary(
+                '/grafos.v1.AdmissionService/ReleaseMany',
+                request_serializer=grafos__proto_dot_v1_dot_admission__pb2.ReleaseManyRequest.SerializeToString,
+                response_deserializer=grafos__proto_dot_v1_dot_admission__pb2.ReleaseManyResponse.FromString,
                 _registered_method=True)
         self.Explain = channel.unary_unary(
                 '/grafos.v1.AdmissionService/Explain',
@@ -97,6 +117,21 @@ class AdmissionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcquireBundle(self, request, context):
+        """Several leases, all or none: one commit. Waits as Acquire does, for the whole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcquireMany(self, request, context):
+        """What several callers of one connection ask at the same time: each succeeds or fails alone. None
+        of them waits; one that may wait, and would have to, is told so and asks again with Acquire.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Attach(self, request, context):
         """Takes up a live lease of the same tenant and holder: generation + 1, the caller's key.
         """
@@ -111,8 +146,22 @@ class AdmissionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenewMany(self, request, context):
+        """Each succeeds or fails alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
         """For a lease that is not bound, or whose node cannot be reached. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseMany(self, request, context):
+        """Each succeeds or fails alone.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,6 +215,16 @@ def add_AdmissionServiceServicer_to_server(servicer, server):
                     request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireRequest.FromString,
                     response_serializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireResponse.SerializeToString,
             ),
+            'AcquireBundle': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcquireBundle,
+                    request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireBundleRequest.FromString,
+                    response_serializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireBundleResponse.SerializeToString,
+            ),
+            'AcquireMany': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcquireMany,
+                    request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireManyRequest.FromString,
+                    response_serializer=grafos__proto_dot_v1_dot_admission__pb2.AcquireManyResponse.SerializeToString,
+            ),
             'Attach': grpc.unary_unary_rpc_method_handler(
                     servicer.Attach,
                     request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.AttachRequest.FromString,
@@ -176,10 +235,20 @@ def add_AdmissionServiceServicer_to_server(servicer, server):
                     request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.RenewRequest.FromString,
                     response_serializer=grafos__proto_dot_v1_dot_admission__pb2.RenewResponse.SerializeToString,
             ),
+            'RenewMany': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenewMany,
+                    request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.RenewManyRequest.FromString,
+                    response_serializer=grafos__proto_dot_v1_dot_admission__pb2.RenewManyResponse.SerializeToString,
+            ),
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
                     request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.ReleaseRequest.FromString,
                     response_serializer=grafos__proto_dot_v1_dot_admission__pb2.ReleaseResponse.SerializeToString,
+            ),
+            'ReleaseMany': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseMany,
+                    request_deserializer=grafos__proto_dot_v1_dot_admission__pb2.ReleaseManyRequest.FromString,
+                    response_serializer=grafos__proto_dot_v1_dot_admission__pb2.ReleaseManyResponse.SerializeToString,
             ),
             'Explain': grpc.unary_unary_rpc_method_handler(
                     servicer.Explain,
@@ -250,6 +319,60 @@ class AdmissionService:
             _registered_method=True)
 
     @staticmethod
+    def AcquireBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grafos.v1.AdmissionService/AcquireBundle',
+            grafos__proto_dot_v1_dot_admission__pb2.AcquireBundleRequest.SerializeToString,
+            grafos__proto_dot_v1_dot_admission__pb2.AcquireBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcquireMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grafos.v1.AdmissionService/AcquireMany',
+            grafos__proto_dot_v1_dot_admission__pb2.AcquireManyRequest.SerializeToString,
+            grafos__proto_dot_v1_dot_admission__pb2.AcquireManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Attach(request,
             target,
             options=(),
@@ -304,6 +427,33 @@ class AdmissionService:
             _registered_method=True)
 
     @staticmethod
+    def RenewMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grafos.v1.AdmissionService/RenewMany',
+            grafos__proto_dot_v1_dot_admission__pb2.RenewManyRequest.SerializeToString,
+            grafos__proto_dot_v1_dot_admission__pb2.RenewManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Release(request,
             target,
             options=(),
@@ -320,6 +470,33 @@ class AdmissionService:
             '/grafos.v1.AdmissionService/Release',
             grafos__proto_dot_v1_dot_admission__pb2.ReleaseRequest.SerializeToString,
             grafos__proto_dot_v1_dot_admission__pb2.ReleaseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/grafos.v1.AdmissionService/ReleaseMany',
+            grafos__proto_dot_v1_dot_admission__pb2.ReleaseManyRequest.SerializeToString,
+            grafos__proto_dot_v1_dot_admission__pb2.ReleaseManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,12 +34,22 @@ class AdmissionServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdmissionServiceAsyncStub: ...
     Acquire: _grpc.UnaryUnaryMultiCallable[_admission_pb2.AcquireRequest, _admission_pb2.AcquireResponse]
     """Waits at most wait_ms for fresh evidence and capacity, then answers or refuses."""
+    AcquireBundle: _grpc.UnaryUnaryMultiCallable[_admission_pb2.AcquireBundleRequest, _admission_pb2.AcquireBundleResponse]
+    """Several leases, all or none: one commit. Waits as Acquire does, for the whole."""
+    AcquireMany: _grpc.UnaryUnaryMultiCallable[_admission_pb2.AcquireManyRequest, _admission_pb2.AcquireManyResponse]
+    """What several callers of one connection ask at the same time: each succeeds or fails alone. None
+    of them waits; one that may wait, and would have to, is told so and asks again with Acquire.
+    """
     Attach: _grpc.UnaryUnaryMultiCallable[_admission_pb2.AttachRequest, _admission_pb2.AcquireResponse]
     """Takes up a live lease of the same tenant and holder: generation + 1, the caller's key."""
     Renew: _grpc.UnaryUnaryMultiCallable[_admission_pb2.RenewRequest, _admission_pb2.RenewResponse]
     """Commits the new end, never shorter, never past lifetime_end; answers a token for Extend."""
+    RenewMany: _grpc.UnaryUnaryMultiCallable[_admission_pb2.RenewManyRequest, _admission_pb2.RenewManyResponse]
+    """Each succeeds or fails alone."""
     Release: _grpc.UnaryUnaryMultiCallable[_admission_pb2.ReleaseRequest, _admission_pb2.ReleaseResponse]
     """For a lease that is not bound, or whose node cannot be reached. Idempotent."""
+    ReleaseMany: _grpc.UnaryUnaryMultiCallable[_admission_pb2.ReleaseManyRequest, _admission_pb2.ReleaseManyResponse]
+    """Each succeeds or fails alone."""
     Explain: _grpc.UnaryUnaryMultiCallable[_admission_pb2.AcquireRequest, _admission_pb2.ExplainResponse]
     """What Acquire would answer now, and why, node by node."""
     Get: _grpc.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _lease_pb2.Lease]
@@ -56,12 +66,22 @@ class AdmissionServiceAsyncStub(AdmissionServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Acquire: _aio.UnaryUnaryMultiCallable[_admission_pb2.AcquireRequest, _admission_pb2.AcquireResponse]  # type: ignore[assignment]
     """Waits at most wait_ms for fresh evidence and capacity, then answers or refuses."""
+    AcquireBundle: _aio.UnaryUnaryMultiCallable[_admission_pb2.AcquireBundleRequest, _admission_pb2.AcquireBundleResponse]  # type: ignore[assignment]
+    """Several leases, all or none: one commit. Waits as Acquire does, for the whole."""
+    AcquireMany: _aio.UnaryUnaryMultiCallable[_admission_pb2.AcquireManyRequest, _admission_pb2.AcquireManyResponse]  # type: ignore[assignment]
+    """What several callers of one connection ask at the same time: each succeeds or fails alone. None
+    of them waits; one that may wait, and would have to, is told so and asks again with Acquire.
+    """
     Attach: _aio.UnaryUnaryMultiCallable[_admission_pb2.AttachRequest, _admission_pb2.AcquireResponse]  # type: ignore[assignment]
     """Takes up a live lease of the same tenant and holder: generation + 1, the caller's key."""
     Renew: _aio.UnaryUnaryMultiCallable[_admission_pb2.RenewRequest, _admission_pb2.RenewResponse]  # type: ignore[assignment]
     """Commits the new end, never shorter, never past lifetime_end; answers a token for Extend."""
+    RenewMany: _aio.UnaryUnaryMultiCallable[_admission_pb2.RenewManyRequest, _admission_pb2.RenewManyResponse]  # type: ignore[assignment]
+    """Each succeeds or fails alone."""
     Release: _aio.UnaryUnaryMultiCallable[_admission_pb2.ReleaseRequest, _admission_pb2.ReleaseResponse]  # type: ignore[assignment]
     """For a lease that is not bound, or whose node cannot be reached. Idempotent."""
+    ReleaseMany: _aio.UnaryUnaryMultiCallable[_admission_pb2.ReleaseManyRequest, _admission_pb2.ReleaseManyResponse]  # type: ignore[assignment]
+    """Each succeeds or fails alone."""
     Explain: _aio.UnaryUnaryMultiCallable[_admission_pb2.AcquireRequest, _admission_pb2.ExplainResponse]  # type: ignore[assignment]
     """What Acquire would answer now, and why, node by node."""
     Get: _aio.UnaryUnaryMultiCallable[_admission_pb2.GetLeaseRequest, _lease_pb2.Lease]  # type: ignore[assignment]
@@ -83,6 +103,24 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Waits at most wait_ms for fresh evidence and capacity, then answers or refuses."""
 
     @_abc_1.abstractmethod
+    def AcquireBundle(
+        self,
+        request: _admission_pb2.AcquireBundleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admission_pb2.AcquireBundleResponse, _abc.Awaitable[_admission_pb2.AcquireBundleResponse]]:
+        """Several leases, all or none: one commit. Waits as Acquire does, for the whole."""
+
+    @_abc_1.abstractmethod
+    def AcquireMany(
+        self,
+        request: _admission_pb2.AcquireManyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admission_pb2.AcquireManyResponse, _abc.Awaitable[_admission_pb2.AcquireManyResponse]]:
+        """What several callers of one connection ask at the same time: each succeeds or fails alone. None
+        of them waits; one that may wait, and would have to, is told so and asks again with Acquire.
+        """
+
+    @_abc_1.abstractmethod
     def Attach(
         self,
         request: _admission_pb2.AttachRequest,
@@ -99,12 +137,28 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
         """Commits the new end, never shorter, never past lifetime_end; answers a token for Extend."""
 
     @_abc_1.abstractmethod
+    def RenewMany(
+        self,
+        request: _admission_pb2.RenewManyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admission_pb2.RenewManyResponse, _abc.Awaitable[_admission_pb2.RenewManyResponse]]:
+        """Each succeeds or fails alone."""
+
+    @_abc_1.abstractmethod
     def Release(
         self,
         request: _admission_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admission_pb2.ReleaseResponse, _abc.Awaitable[_admission_pb2.ReleaseResponse]]:
         """For a lease that is not bound, or whose node cannot be reached. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ReleaseMany(
+        self,
+        request: _admission_pb2.ReleaseManyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admission_pb2.ReleaseManyResponse, _abc.Awaitable[_admission_pb2.ReleaseManyResponse]]:
+        """Each succeeds or fails alone."""
 
     @_abc_1.abstractmethod
     def Explain(

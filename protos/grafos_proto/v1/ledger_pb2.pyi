@@ -88,6 +88,37 @@ class Grant(_message.Message):
 Global___Grant: _TypeAlias = Grant  # noqa: Y015
 
 @_typing.final
+class GrantBundle(_message.Message):
+    """All of them or none, in one transaction. The grants are of one tenant and holder; the request id of
+    the one at index i is this one's, a full stop and i. A refusal names its member in
+    details["member"].
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GRANTS_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """at most 60 characters; retries carry the same one"""
+    @_builtins.property
+    def grants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Grant]:
+        """1 to 16"""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        grants: _abc.Iterable[Global___Grant] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grants", b"grants", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GrantBundle: _TypeAlias = GrantBundle  # noqa: Y015
+
+@_typing.final
 class AttachLease(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -352,6 +383,7 @@ class Command(_message.Message):
     REFUSAL_FIELD_NUMBER: _builtins.int
     PUBLISH_KEY_FIELD_NUMBER: _builtins.int
     REVOKE_KEY_FIELD_NUMBER: _builtins.int
+    GRANT_BUNDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def grant(self) -> Global___Grant: ...
     @_builtins.property
@@ -370,6 +402,8 @@ class Command(_message.Message):
     def publish_key(self) -> Global___PublishKey: ...
     @_builtins.property
     def revoke_key(self) -> Global___RevokeKey: ...
+    @_builtins.property
+    def grant_bundle(self) -> Global___GrantBundle: ...
     def __init__(
         self,
         *,
@@ -382,12 +416,13 @@ class Command(_message.Message):
         refusal: Global___Refusal | None = ...,
         publish_key: Global___PublishKey | None = ...,
         revoke_key: Global___RevokeKey | None = ...,
+        grant_bundle: Global___GrantBundle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "clear", b"clear", "command", b"command", "end", b"end", "forget_node", b"forget_node", "grant", b"grant", "publish_key", b"publish_key", "refusal", b"refusal", "revoke_key", b"revoke_key", "set_quota", b"set_quota"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "clear", b"clear", "command", b"command", "end", b"end", "forget_node", b"forget_node", "grant", b"grant", "grant_bundle", b"grant_bundle", "publish_key", b"publish_key", "refusal", b"refusal", "revoke_key", b"revoke_key", "set_quota", b"set_quota"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "clear", b"clear", "command", b"command", "end", b"end", "forget_node", b"forget_node", "grant", b"grant", "publish_key", b"publish_key", "refusal", b"refusal", "revoke_key", b"revoke_key", "set_quota", b"set_quota"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "clear", b"clear", "command", b"command", "end", b"end", "forget_node", b"forget_node", "grant", b"grant", "grant_bundle", b"grant_bundle", "publish_key", b"publish_key", "refusal", b"refusal", "revoke_key", b"revoke_key", "set_quota", b"set_quota"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["grant", "attach", "end", "clear", "set_quota", "forget_node", "refusal", "publish_key", "revoke_key"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["grant", "attach", "end", "clear", "set_quota", "forget_node", "refusal", "publish_key", "revoke_key", "grant_bundle"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -421,6 +456,7 @@ class Outcome(_message.Message):
 
     LEASE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def lease(self) -> _lease_pb2.Lease:
         """where the command concerns one"""
@@ -429,15 +465,20 @@ class Outcome(_message.Message):
     def failure(self) -> _lease_pb2.FailureDetail:
         """set: refused, nothing changed"""
 
+    @_builtins.property
+    def leases(self) -> _containers.RepeatedCompositeFieldContainer[_lease_pb2.Lease]:
+        """of a bundle, in the order of its members"""
+
     def __init__(
         self,
         *,
         lease: _lease_pb2.Lease | None = ...,
         failure: _lease_pb2.FailureDetail | None = ...,
+        leases: _abc.Iterable[_lease_pb2.Lease] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "lease", b"lease"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "lease", b"lease", "leases", b"leases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

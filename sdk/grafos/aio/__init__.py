@@ -39,6 +39,7 @@ from grafos import (
     TeardownReceipt,
 )
 from grafos.aio._builder import BlockBuilder, MemBuilder
+from grafos.aio._bundle import Bundle, BundleLease
 from grafos.aio._lease import BlockLease, FabricBlock, FabricMem, Lease, MemLease
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BlockBuilder",
     "BlockLease",
+    "Bundle",
+    "BundleLease",
     "DeadlineExceeded",
     "Degraded",
     "Denied",

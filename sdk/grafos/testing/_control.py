@@ -11,12 +11,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from grafos.testing._keys import SigningKey, hex_of
 from grafos.testing._time import VirtualTime
+from grafos_core import bundle, failure, jws, packing, placement, receipt
 from grafos_core import commands as c
-from grafos_core import failure, jws, placement, receipt
 from grafos_core.failure import FabricError
 from grafos_core.lease import (
     IN_GRACE,
@@ -57,6 +57,8 @@ _ELSEWHERE: Final = frozenset(
 _COMING_UP: Final = frozenset({"NODE_NOT_READY", "LEDGER_BEHIND", "PRECONDITION"})
 _IN_USE: Final = frozenset({"NO_CAPACITY", "QUOTA"})
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -94,7 +96,8 @@ class Control:
         self.token_key = SigningKey.draw(dice)
         self._receipt_keys = jws.Keys()
         self.methods: dict[str, Callable[[Any, Caller], Any]] = {
-            "Acquire": self._acquire, "Attach": self._attach, "Renew": self._renew,
+            "Acquire": self._acquire, "AcquireBundle": self._acquire_bundle,
+            "Attach": self._attach, "Renew": self._renew,
             "Release": self._release, "Revoke": self._revoke, "Get": self._get,
             "List": self._list, "Keys": self._keys, "Explain": self._explain,
         }  # fmt: skip
@@ -180,14 +183,31 @@ class Control:
     # What holders ask
 
     def _acquire(self, request: Any, who: Caller) -> Any:
-        ask = _read(request)
+        check_request_id(request.request_id)
+        ask = _read(request, request.request_id)
+        lease = self._waiting(request, lambda: self._try_once(ask, request, who))
+        return self._answer(lease)
+
+    def _acquire_bundle(self, request: Any, who: Caller) -> Any:
+        bundle.check_id(request.request_id)
+        bundle.check_count(len(request.members))
+        asks = []
+        for index, member in enumerate(request.members):
+            with bundle.named(index, "asked for"):
+                asks.append(_read(member, bundle.member_id(request.request_id, index)))
+        leases = self._waiting(request, lambda: self._try_bundle(asks, request, who))
+        return admission_pb2.AcquireBundleResponse(
+            members=[self._answer(lease) for lease in leases]
+        )
+
+    def _waiting(self, request: Any, attempt: Callable[[], T | FabricError]) -> T:
         wait_ms = request.wait_ms if request.has_wait else EVIDENCE_WAIT_MS
         until_ms = self._time.boot_ms + wait_ms
         while True:
             with self._time.lock:
-                outcome = self._try_once(ask, request, who)
-                if isinstance(outcome, Lease):
-                    return self._answer(outcome)
+                outcome = attempt()
+                if not isinstance(outcome, FabricError):
+                    return outcome
             waits = _COMING_UP | (_IN_USE if request.has_wait else frozenset())
             if outcome.code not in waits or self._time.boot_ms >= until_ms:
                 raise outcome
@@ -211,19 +231,42 @@ class Control:
         assert isinstance(decision, placement.Deny)
         return decision.failure()
 
+    def _try_bundle(
+        self, asks: list[placement.Request], request: Any, who: Caller
+    ) -> list[Lease] | FabricError:
+        places = packing.place_all(asks, self.lessor.nodes(self.now_ms))
+        known = self.lessor.state.requests.get((who.tenant, asks[0].request_id))
+        if isinstance(places, packing.NoPlace):
+            if known is None:
+                return places.failure()
+            amounts = [placement.rounded(ask.kind, ask.amount) for ask in asks]
+            nowhere = (placement.Admit(NodeId("none"), "0" * 32, "", each) for each in amounts)
+            places = tuple(nowhere)
+        grants = tuple(
+            self._grant_of(ask, member, who, place)
+            for ask, member, place in zip(asks, request.members, places, strict=True)
+        )
+        whole = c.GrantBundle(request.request_id, grants)
+        step = self._step(self.lessor.handle(whole, self.now_ms))
+        return step.failure or list(step.leases)
+
     def _grant(
         self, ask: placement.Request, request: Any, who: Caller, place: placement.Admit
     ) -> Lease | FabricError:
-        grant = c.Grant(
+        try:
+            return self.do(self._grant_of(ask, request, who, place))
+        except FabricError as refused:
+            return refused
+
+    def _grant_of(
+        self, ask: placement.Request, request: Any, who: Caller, place: placement.Admit
+    ) -> c.Grant:
+        return c.Grant(
             ask.request_id, LeaseId(hex_of(self._dice)), who.tenant, who.name, who.key, ask.kind,
             place.node_id, place.incarnation, place.amount, request.ttl_ms or TTL_MS_DEFAULT,
             request.lifetime_ms or None, TOKEN_MS_DEFAULT, ask.policy,
             f"admit {place.node_id}: {place.reason}", self.token_key.key_id,
         )  # fmt: skip
-        try:
-            return self.do(grant)
-        except FabricError as refused:
-            return refused
 
     def _attach(self, request: Any, who: Caller) -> Any:
         lease_id = check_lease_id(request.lease_id)
@@ -395,10 +438,9 @@ def _check_selection(request: Any, who: Caller) -> None:
         raise failure.of("ROLE", "signing keys are for operators")
 
 
-def _read(request: Any) -> placement.Request:
-    check_request_id(request.request_id)
+def _read(request: Any, request_id: str) -> placement.Request:
     check_ttl(request.ttl_ms or TTL_MS_DEFAULT)
     return placement.Request(
-        request.request_id, convert.kind_from_proto(request.kind), request.amount,
+        request_id, convert.kind_from_proto(request.kind), request.amount,
         convert.policy_from_proto(request.policy), dict(request.where),
     )  # fmt: skip
