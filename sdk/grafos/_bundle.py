@@ -11,7 +11,7 @@ released by itself. A failure names the member it is about, in `details["member"
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Self
 
@@ -161,7 +161,11 @@ class BundleLease(Sequence[Any]):
         Raises:
             Degraded, LeaseExpired, Revoked, Fenced: of the first member that was not renewed.
         """
-        self._each(lambda lease: lease.renew(ttl), self.leases)
+        from grafos._together import renew_together  # loads gRPC, which the leases have loaded
+
+        ttl_ms = 0 if ttl is None else duration_ms(ttl, "ttl")
+        failed = renew_together(self.leases, ttl_ms)
+        self._raise_first({index: each for index, each in enumerate(failed) if each is not None})
         return self.remaining_ms()
 
     def release(self) -> tuple[TeardownReceipt, ...]:
@@ -178,16 +182,20 @@ class BundleLease(Sequence[Any]):
 
     def _each(self, work: Any, leases: Sequence[Lease]) -> list[Any]:
         """For all of them, whatever becomes of one; then the failure of the first in order."""
-        found, failed = [], {}
+        found: list[Any] = []
+        failed: dict[int, FabricError] = {}
         for lease in leases:
             try:
                 found.append(work(lease))
             except FabricError as refused:
                 failed[self.leases.index(lease)] = refused
+        self._raise_first(failed)
+        return found
+
+    def _raise_first(self, failed: Mapping[int, FabricError]) -> None:
         if failed:
             index = min(failed)
             raise bundle.of_member(failed[index], index, self.leases[index].kind) from failed[index]
-        return found
 
     def __enter__(self) -> Self:
         return self

@@ -33,6 +33,7 @@ from grafos._notice import Notice
 from grafos._pulse import Pulse
 from grafos._receipt import NodeKey, TeardownReceipt, from_slip
 from grafos._revocation import Revocation, revocations
+from grafos._together import Together
 from grafos_core import bundle, failure, lease
 from grafos_core.failure import Denied, Disconnected, FabricError, Fenced, LeaseExpired, Revoked
 from grafos_core.holder import HolderLease
@@ -76,6 +77,7 @@ class Fabric:
         self._me = provider().identity
         who = Identity(self._me.trust_domain, Role.SERVICE, None, "admission")
         self._admission = Peer(admission, provider, who, admission_pb2_grpc.AdmissionServiceStub)
+        self._together = Together(lambda *call: self._admission.ask(*call))
         self.endpoint = admission
         self.is_forked = False
         self.closed = False
@@ -257,7 +259,7 @@ class Fabric:
         message = _message_of(request)
         message.request_id = new_request_id()
         message.wait_ms, message.has_wait = request.wait_ms or 0, request.wait_ms is not None
-        return self._ask("Acquire", message, _waits_ms(request.wait_ms) + ANSWER_MS_MAX)
+        return self._asked("Acquire", message, _waits_ms(request.wait_ms) + ANSWER_MS_MAX)
 
     def _acquire_bundle(
         self, members: Sequence[tuple[Request, type[Lease]]], wait_ms: int | None
@@ -314,7 +316,20 @@ class Fabric:
         request = admission_pb2.RenewRequest(
             request_id=new_request_id(), lease_id=lease_id, ttl_ms=ttl_ms
         )
-        return self._ask("Renew", request, timeout_ms)
+        return self._asked("Renew", request, timeout_ms)
+
+    def _renew_many(self, lease_ids: Sequence[str], ttl_ms: int, timeout_ms: float) -> list[Any]:
+        """The grant, or why there is none, of each."""
+        requests = [
+            admission_pb2.RenewRequest(
+                request_id=new_request_id(), lease_id=lease_id, ttl_ms=ttl_ms
+            )
+            for lease_id in lease_ids
+        ]
+        try:
+            return self._together.many("Renew", requests, timeout_ms)
+        except FabricError as refused:
+            return [refused] * len(requests)
 
     def _checkpointed(self, grip: Grip) -> TeardownReceipt:
         """Tell the node that all is saved; the receipt of the end that follows."""
@@ -381,6 +396,7 @@ class Fabric:
     def _in_child(self) -> None:
         """After a fork, in the child: let go of everything without a word."""
         self.is_forked = True
+        self._together = Together(self._ask)
         self._lock = threading.Lock()
         for each in list(self._leases.values()):
             each._check_ns = each._until_ns = 0
@@ -441,7 +457,7 @@ class Fabric:
             request = admission_pb2.ReleaseRequest(
                 request_id=new_request_id(), lease_id=grip.lease_id
             )
-            self._admission.call("Release", request, RELEASE_MS_MAX)
+            self._asked("Release", request, RELEASE_MS_MAX)
         except FabricError:
             self._abandon(grip)
         except BaseException:
@@ -514,6 +530,13 @@ class Fabric:
     def _ask(self, method: str, request: Any, timeout_ms: float) -> Any:
         self._check_usable()
         return self._admission.ask(method, request, timeout_ms)
+
+    def _asked(self, method: str, request: Any, timeout_ms: float) -> Any:
+        """As `_ask`, together with what other threads ask at this moment."""
+        self._check_usable()
+        if self._is_virtual:  # one thread at a time, in an order that is the same each time
+            return self._admission.ask(method, request, timeout_ms)
+        return self._together(method, request, timeout_ms)
 
     def _node(self, node_id: str, endpoint: str) -> NodeLine:
         with self._lock:

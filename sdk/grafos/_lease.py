@@ -525,21 +525,25 @@ class Lease:
         with self._lock:
             return None if self._end is not None else self._holder.timeout_ms(_clock.boot_ms())
 
-    def _renew(self, ttl_ms: int, timeout_ms: int) -> None:
+    def _renew(self, ttl_ms: int, timeout_ms: int, granted: Any = None) -> None:
+        """`granted`: what admission has said to it already, or what that failed with."""
         with self._line:
             self._look()
             try:
                 # Half of what is left: whoever must hear of jeopardy needs the other half to act.
-                self._renew_once(ttl_ms, max(1, min(timeout_ms, self.remaining_ms() // 2)))
+                self._renew_once(ttl_ms, max(1, min(timeout_ms, self.remaining_ms() // 2)), granted)
             except FabricError as refused:
                 self._renewal_failed(refused)
                 raise self._jeopardy_or(refused) from refused
             self._look()
 
-    def _renew_once(self, ttl_ms: int, timeout_ms: int) -> None:
+    def _renew_once(self, ttl_ms: int, timeout_ms: int, granted: Any) -> None:
         self._renewal_sent()
         end_ms = _clock.boot_ms() + timeout_ms
-        granted = self._fabric._renew(self.lease_id, ttl_ms, timeout_ms)
+        if granted is None:
+            granted = self._fabric._renew(self.lease_id, ttl_ms, timeout_ms)
+        elif isinstance(granted, FabricError):
+            raise granted
         self._renewal_sent()
         try:
             answer = self._grip.node.extend(granted.token, end_ms - _clock.boot_ms())

@@ -5,16 +5,16 @@
     while working:
         summary = manager.tick(now_ms)   # wall clock, milliseconds
 
-Rules. A tick asks for every renewal that is due, each with its own deadline, and returns what
-became of them. It keeps boottime beside the wall clock: a renewal is due when either says so, so a
-wall clock that was put back hides none. A failed renewal is tried again after a pause that doubles;
-the lease's own deadline stands meanwhile. A manager holds no lease alive.
+Rules. A tick asks for all renewals that are due in one call to admission, and each of its node; it
+returns what became of them. It keeps boottime beside the wall clock: a renewal is due when either
+says so, so a wall clock that was put back hides none. A failed renewal is tried again after a pause
+that doubles; the lease's own deadline stands meanwhile. A manager holds no lease alive.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from grafos import _clock
@@ -113,8 +113,11 @@ class RenewalManager:
         boot_ms = None if self._renew_by_hand is not None else _clock.boot_ms()
         gone = self._let_time_pass()
         found = self._core.tick(now_ms, boot_ms)
-        for lease_id in found.due:
-            self._renew(lease_id, now_ms)
+        if self._renew_by_hand is None:
+            self._renew_leases(found.due)
+        else:
+            for lease_id in found.due:
+                self._renew_one_by_hand(self._renew_by_hand, lease_id, now_ms)
         after = self._core.tick(now_ms, boot_ms)
         return TickSummary(
             due=found.due,
@@ -139,20 +142,26 @@ class RenewalManager:
             self.forget(lease_id)
         return over
 
-    def _renew(self, lease_id: str, now_ms: int) -> None:
+    def _renew_one_by_hand(self, renew: Callable[[str], int], lease_id: str, now_ms: int) -> None:
         try:
-            if self._renew_by_hand is not None:
-                self._core.renewed(lease_id, self._renew_by_hand(lease_id), now_ms=now_ms)
-                return
-            lease = self._leases.get(lease_id)
-            if lease is None:
-                return
-            lease.renew()
-            self._core.renewed(
-                lease_id, lease.expiry_ms, now_ms=_clock.wall_ms(), boot_ms=_clock.boot_ms()
-            )
+            self._core.renewed(lease_id, renew(lease_id), now_ms=now_ms)
         except FabricError:
             self._core.failed(lease_id)
+
+    def _renew_leases(self, due: Sequence[str]) -> None:
+        """All that are due in one call."""
+        leases = [lease for each in due if (lease := self._leases.get(each)) is not None]
+        if not leases:
+            return
+        from grafos._together import renew_together  # loads gRPC, which a lease has loaded
+
+        for lease, failed in zip(leases, renew_together(leases), strict=True):
+            if failed is not None:
+                self._core.failed(lease.lease_id)
+                continue
+            self._core.renewed(
+                lease.lease_id, lease.expiry_ms, now_ms=_clock.wall_ms(), boot_ms=_clock.boot_ms()
+            )
 
 
 def registered() -> set[str]:

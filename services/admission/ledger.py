@@ -17,10 +17,13 @@ from grafos_core.failure import FabricError
 from grafos_core.lease import LeaseId
 from grafos_proto.v1 import admission_pb2, lease_pb2, ledger_pb2
 from grafos_proto.v1.ledger_pb2_grpc import LedgerServiceStub
-from services.admission.commits import BATCH_MAX, Coalescer
+from grafos_proto.wire.coalescing import Coalescer
 from services.runtime.client import Remote
 from services.runtime.faults import fault
 
+BATCH_MAX: Final = 128
+"""Half of what the ledger takes in one message: requests are about 1 KiB at most, and a message of
+ours has 256 KiB."""
 REFUSALS_MAX: Final = 1_024
 """Refusals that may wait to be recorded; more are counted by the metrics alone."""
 REFUSALS_PER_COMMIT_MAX: Final = 64
@@ -39,8 +42,12 @@ class Ledger:
         self._remote = remote
         self._refusals: deque[ledger_pb2.Command] = deque()
         self._lock = threading.Lock()
-        self.commit: Coalescer[ledger_pb2.Command, ledger_pb2.Outcome] = Coalescer(self.commit_all)
-        self.renew: Coalescer[ledger_pb2.LedgerRenew, ledger_pb2.Outcome] = Coalescer(self._renew)
+        self.commit: Coalescer[ledger_pb2.Command, ledger_pb2.Outcome] = Coalescer(
+            self.commit_all, BATCH_MAX
+        )
+        self.renew: Coalescer[ledger_pb2.LedgerRenew, ledger_pb2.Outcome] = Coalescer(
+            self._renew, BATCH_MAX
+        )
 
     def record_refusal(self, refusal: ledger_pb2.Refusal) -> None:
         """With the next commit, or when `flush_refusals` is called."""

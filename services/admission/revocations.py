@@ -20,8 +20,7 @@ from grafos_core.lessor import GRACE_MS_MAX, REASON_CHARS_MAX, principal
 from grafos_core.spiffe import Role
 from grafos_proto.v1 import admission_pb2, lease_pb2, ledger_pb2
 from grafos_proto.wire import failures
-from services.admission.commits import BATCH_MAX
-from services.admission.ledger import Ledger
+from services.admission.ledger import BATCH_MAX, Ledger
 from services.runtime.server import peer
 
 IDS_MAX: Final = 1_024

@@ -309,7 +309,8 @@ class Node:
         self._later(1, self._front_lost)
 
     def _front_lost(self) -> None:
-        if self.core is not None:
+        """Heard a little later; not where a new control has started another since."""
+        if self.core is not None and not self.front_up:
             sessions, self._connected = sorted(self._connected), set()
             self._verb(self.core.front_lost(self.clock.instant()))
             self._later(20, self._start_front)

@@ -99,6 +99,9 @@ class Control:
             "Acquire": self._acquire, "AcquireBundle": self._acquire_bundle,
             "Attach": self._attach, "Renew": self._renew,
             "Release": self._release, "Revoke": self._revoke, "Get": self._get,
+            "AcquireMany": self._many(self._acquire, admission_pb2.AcquireManyResponse),
+            "RenewMany": self._many(self._renew, admission_pb2.RenewManyResponse),
+            "ReleaseMany": self._many(self._release, admission_pb2.ReleaseManyResponse),
             "List": self._list, "Keys": self._keys, "Explain": self._explain,
         }  # fmt: skip
 
@@ -181,6 +184,22 @@ class Control:
         return None if step.failure is not None else found.outcome
 
     # What holders ask
+
+    def _many(
+        self, one: Callable[[Any, Caller], Any], answers: Callable[[], Any]
+    ) -> Callable[[Any, Caller], Any]:
+        """Each by itself; the answers together."""
+
+        def answer(request: Any, who: Caller) -> Any:
+            response = answers()
+            for each in request.requests:
+                try:
+                    response.answers.add(response=one(each, who))
+                except FabricError as refused:
+                    response.answers.add(failure=failures.detail_of(refused))
+            return response
+
+        return answer
 
     def _acquire(self, request: Any, who: Caller) -> Any:
         check_request_id(request.request_id)

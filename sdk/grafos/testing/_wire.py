@@ -122,6 +122,8 @@ class Place:
 
     def named(self, request: Any) -> Any:
         """With a request id from our dice: the SDK draws its own from nowhere."""
+        if hasattr(request, "requests"):
+            return type(request)(requests=[self.named(each) for each in request.requests])
         drawn = getattr(request, "request_id", "")
         if not drawn:
             return request

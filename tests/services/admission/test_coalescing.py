@@ -10,7 +10,7 @@ import pytest
 
 from grafos_core import failure
 from grafos_core.failure import FabricError, InvariantViolation
-from services.admission.commits import BATCH_MAX, WAITING_MAX, Coalescer
+from grafos_proto.wire.coalescing import BATCH_MAX, WAITING_MAX, Coalescer
 from tests.services.admission.world import at_once, codes, eventually
 
 LONG_MS = 10_000
@@ -174,7 +174,7 @@ def test_who_waits_no_longer_is_taken_back_and_harms_nobody(line: Line) -> None:
     hasty = Asked(coalescer, 1, timeout_ms=50)
     patient = Asked(coalescer, 2)
     refused = hasty.result()
-    assert (refused.code, refused.detail) == ("DEADLINE", "nothing was asked of the ledger yet")
+    assert (refused.code, refused.detail) == ("DEADLINE", "nothing was asked yet")
     line.let_through(2)
     assert (leader.result(), patient.result()) == (0, 20)
     assert line.sent == [[0], [2]]
@@ -210,14 +210,14 @@ def test_a_message_of_several_is_sent_on_nobodys_behalf() -> None:
     queued(coalescer, 2)
     go.set()
     assert [each.result() for each in (alone, *others)] == [1, 2, 3]
-    assert threads == {1: alone.name, 2: "commit", 3: "commit"}
+    assert threads == {1: alone.name, 2: "coalesced", 3: "coalesced"}
 
 
 def test_more_than_can_wait_are_refused_and_told_when_to_come_back(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert WAITING_MAX >= 4 * BATCH_MAX
-    monkeypatch.setattr("services.admission.commits.WAITING_MAX", 2)
+    monkeypatch.setattr("grafos_proto.wire.coalescing.WAITING_MAX", 2)
     coalescer = Coalescer(line)
     leader = led(line, coalescer)
     others = [Asked(coalescer, ask) for ask in (1, 2)]

@@ -1,8 +1,8 @@
-"""Many requests at a time, one message to the ledger.
+"""Many requests at a time, few messages.
 
-Whoever finds nobody sending sends at once, alone; what arrives meanwhile goes together in the next
-message, from a thread of its own. So one request waits for nothing, and a hundred cost two
-messages.
+Whoever finds a way free sends at once, alone; what arrives while all ways are busy goes together in
+the next message, from a thread of its own. So one request waits for nothing, and a hundred cost a
+few messages. Admission asks the ledger in this way, and the SDK admission.
 
 Rules. A message that several share is sent on nobody's behalf, so no caller's short deadline cuts
 the others off. Whoever waits no longer and was not sent yet is taken out of the queue: nothing is
@@ -21,8 +21,6 @@ from grafos_core import failure
 from grafos_core.failure import FabricError, InvariantViolation
 
 BATCH_MAX: Final = 128
-"""Half of what the ledger takes in one message: requests are about 1 KiB at most, and a message of
-ours has 256 KiB."""
 WAITING_MAX: Final = 4_096
 
 Ask = TypeVar("Ask")
@@ -38,45 +36,62 @@ class _Waiting(Generic[Ask, Answer]):
 
 
 class Coalescer(Generic[Ask, Answer]):
-    """`send` takes a batch and gives an answer for each, in order, or raises for all of them."""
+    """`send` takes a batch and gives an answer for each, in order, or raises for all of them.
 
-    def __init__(self, send: Callable[[Sequence[Ask]], Sequence[Answer]]) -> None:
-        self._send = send
+    `batch_max` bounds a batch, `ways` how many of them are under way at a time.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Ask]], Sequence[Answer]],
+        batch_max: int = BATCH_MAX,
+        ways: int = 1,
+    ) -> None:
+        self._send, self._batch_max, self._ways = send, batch_max, ways
         self._lock = threading.Lock()
         self._queue: deque[_Waiting[Ask, Answer]] = deque()
-        self._sending = False
+        self._sending = 0
 
-    def __call__(self, ask: Ask, timeout_ms: int) -> Answer:
+    def __call__(self, ask: Ask, timeout_ms: float) -> Answer:
         """The answer to `ask`. DEADLINE says in `detail` whether it may have taken effect."""
+        found = self.offer(ask, timeout_ms, timeout_ms)
+        if found is None:
+            raise failure.of("DEADLINE", "nothing was asked yet")
+        return found
+
+    def offer(self, ask: Ask, timeout_ms: float, patience_ms: float) -> Answer | None:
+        """The same; None: it was not sent within `patience_ms`, and will not be."""
         mine: _Waiting[Ask, Answer] = _Waiting(ask)
-        if self._joins_queue(mine):
-            if not mine.done.wait(max(0, timeout_ms) / 1000):
-                raise failure.of("DEADLINE", self._withdraw(mine))
-        else:
+        if not self._joins_queue(mine):
             self._send_alone(mine)
+        elif not mine.done.wait(max(0.0, min(patience_ms, timeout_ms)) / 1000):
+            if self._withdraw(mine):
+                return None
+            if not mine.done.wait(max(0.0, timeout_ms - patience_ms) / 1000):
+                raise failure.of("DEADLINE", "whether it took effect is not known")
         if mine.error is not None:
             raise mine.error
         assert mine.answer is not None
         return mine.answer
 
     def _joins_queue(self, mine: _Waiting[Ask, Answer]) -> bool:
-        """Whether somebody is sending already; if not, the caller has to from now on."""
+        """Whether all ways are taken; if not, the caller takes one from now on."""
         with self._lock:
-            if not self._sending:
-                self._sending = True
+            if self._sending < self._ways:
+                self._sending += 1
                 return False
             if len(self._queue) >= WAITING_MAX:
                 raise failure.of("RATE", retry_after_ms=100)
             self._queue.append(mine)
             return True
 
-    def _withdraw(self, mine: _Waiting[Ask, Answer]) -> str:
-        """Take back what was not sent; what is then known."""
+    def _withdraw(self, mine: _Waiting[Ask, Answer]) -> bool:
+        """Take back what was not sent; whether that could be done."""
         with self._lock:
             if mine in self._queue:
                 self._queue.remove(mine)
-                return "nothing was asked of the ledger yet"
-        return "whether it took effect is not known"
+                return True
+        return False
 
     def _send_alone(self, mine: _Waiting[Ask, Answer]) -> None:
         """In the caller's own thread, and within its own deadline."""
@@ -89,9 +104,9 @@ class Coalescer(Generic[Ask, Answer]):
         """Leave what has gathered to a thread that serves nobody in particular."""
         with self._lock:
             if not self._queue:
-                self._sending = False
+                self._sending -= 1
                 return
-        threading.Thread(target=self._send_gathered, name="commit", daemon=True).start()
+        threading.Thread(target=self._send_gathered, name="coalesced", daemon=True).start()
 
     def _send_gathered(self) -> None:
         """Send until nobody waits; what breaks this thread is passed on like a caller's own."""
@@ -105,10 +120,12 @@ class Coalescer(Generic[Ask, Answer]):
                 self._pass_on()
 
     def _next_batch(self) -> list[_Waiting[Ask, Answer]]:
+        """What has gathered; where nothing has, the way is free again."""
         with self._lock:
-            batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
-            self._sending = bool(batch)
-            return batch
+            count = min(self._batch_max, len(self._queue))
+            if not count:
+                self._sending -= 1
+            return [self._queue.popleft() for _ in range(count)]
 
     def _answer(self, batch: list[_Waiting[Ask, Answer]]) -> None:
         """Every one of them gets its answer or the error, whatever `send` does."""
