@@ -85,7 +85,8 @@ class FabricView:
 
     def _take(self, nodes: Iterable[lease_pb2.Node], *, whole: bool = False) -> None:
         read_at_ms = self._clock.boot_ms()
-        views = [node_view(node) for node in nodes]
+        latest = {node.node_id: node for node in nodes}  # of many events at once, the last counts
+        views = [node_view(node) for node in latest.values()]
         with self._changed:
             if whole:
                 self._nodes.clear()

@@ -101,6 +101,8 @@ class Holder:
             self._replay(dice.choice(self.old_tokens))
         if len(self.held) < LEASES_MAX and dice.random() < 0.3:
             self._acquire()
+        if len(self.held) < LEASES_MAX and dice.random() < 0.02:
+            self._acquire_all()
         if self.kept and dice.random() < 0.3:
             self._ask("ledger", self.ledger.attach, self._request(), self, self.kept.pop())
         for held in list(self.held.values()):
@@ -108,9 +110,6 @@ class Holder:
 
     def _acquire(self) -> None:
         dice = self.world.dice
-        if dice.random() < 0.1:
-            self._acquire_all()
-            return
         kind = dice.choice([Kind.MEM, Kind.BLOCK])
         amount = dice.randint(1, 5) * (4096 if kind is Kind.MEM else 1)
         keep = dice.random() < 0.2
