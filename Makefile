@@ -67,8 +67,8 @@ sim: venv ## replay one simulated history: make sim SEED=n
 	@$(PY) -m tests.sim $(if $(SEED),--seed $(SEED))
 
 .PHONY: chaos
-chaos: setup ## kill processes over and over: make chaos N=200, or SEED=n for one again
-	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED),-n $(N))
+chaos: setup ## kill processes over and over: make chaos N=200, SEED=n for one again, HARM=any for bad disks
+	@$(PY) -m tests.chaos $(if $(SEED),--seed $(SEED) -n 1,-n $(N)) $(if $(HARM),--harm $(HARM))
 
 .PHONY: power-cuts
 power-cuts: setup ## every disk that a power cut can leave, for every store: SEED=n for the same subsets

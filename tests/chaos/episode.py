@@ -60,6 +60,7 @@ SETTLE_S_MAX: Final = 20.0
 HOLDER_GONE_S_MAX: Final = 2.5
 """Half of what a lost connection has, to return: a death is seen as one."""
 JOIN_S_MAX: Final = 40.0
+BOTH_DEAD: Final = ("agent+warden", "disk-warden")
 UNKNOWABLE: Final = "processes of other users may still have it"
 """Agent and warden are dead, and a process that may have the memory cannot be looked into."""
 LOOK_S: Final = 0.02
@@ -293,7 +294,7 @@ class Episode:
         return [
             f"{lease_id} is fenced without need: {cause}"
             for lease_id, cause in fences.items()
-            if self.report.victim != "agent+warden" or UNKNOWABLE not in cause
+            if self.report.victim not in BOTH_DEAD or UNKNOWABLE not in cause
         ]
 
     def _still_serves(self) -> list[str]:
