@@ -27,6 +27,8 @@ from services.runtime.loop import Batcher, Loop
 from services.runtime.telemetry import Metrics
 
 COUNTERSIGN_MS: Final = 1_000
+BROKEN_MS_MAX: Final = 5_000
+"""A failed disk is told of for so long; then the process ends, and the next one reads the disk."""
 _Result = TypeVar("_Result")
 
 
@@ -66,6 +68,7 @@ class Desk:
         self._collector.restore(state)
         self._failures = metrics.counter("grafos_audit_verify_failures")
         self._countersign_at_ms = 0
+        self._halt, self._broken_at_ms = halt, 0
         self._loop = Loop("audit", on_tick=self._tick, log=log, halt=halt, clock=clock)
         self._batcher: Batcher[Offer, Acknowledged] = Batcher(self._loop, self._handle)
 
@@ -202,7 +205,16 @@ class Desk:
             self._countersign_at_ms = now.boot_ms + COUNTERSIGN_MS
             self._countersign()
         self._store.maintain()
+        if self._store.broken:
+            self._end_broken(now.boot_ms)
         return COUNTERSIGN_MS
+
+    def _end_broken(self, now_ms: int) -> None:
+        """Nothing would ever be acknowledged by this process again."""
+        self._broken_at_ms = self._broken_at_ms or now_ms
+        if now_ms >= self._broken_at_ms + BROKEN_MS_MAX:
+            self._log.error("audit.disk_failed", why=self._store.broken)
+            self._halt()
 
     def _countersign(self) -> None:
         """A record of every head that moved, in the collector's own chain."""

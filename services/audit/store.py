@@ -226,7 +226,11 @@ class Store:
         self._commits += 1
         self.full = False
         fault("audit.acknowledge")
-        self._mark.write(self._commits, bytes(32))
+        try:
+            self._mark.write(self._commits, bytes(32))
+        except OSError as error:
+            self.broken = "a write failed; what is on disk is known after a restart"
+            raise failure.of("COLLECTOR_DISK", self.broken) from error
 
     def _commit(self, batch: Batch) -> None:
         self._connection.execute("BEGIN IMMEDIATE")

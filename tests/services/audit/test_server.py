@@ -319,6 +319,10 @@ def test_a_disk_that_fails_acknowledges_nothing_more_and_still_tells_heads(
     for _ in range(2):
         assert writer.refusal(more).code == "COLLECTOR_DISK"
     assert writer.head().number == 1
+    assert audit.process.wait(30) != 0, "it ends, and the next one reads what is on disk"
+    again = start()
+    writer.moved(again.endpoint, house, "node/n1")
+    assert writer.append(more).number == 2
     writer.close()
 
 
