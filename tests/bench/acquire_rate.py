@@ -2,8 +2,8 @@
 
 Ours is the grant and the token to bind with; etcd's is LeaseGrant, and LeaseGrant with the
 transaction that makes the lease mean something. What it costs to bind what was granted is a row of
-its own. Giving back is not timed. etcd is asked by mutual TLS, and so is one of our two fabrics; the
-other by unix sockets. All come from this process, by the same number of threads.
+its own. Giving back is not timed. etcd is asked by mutual TLS, and so is one of our two fabrics,
+the other by unix sockets. All come from this process, by the same number of threads.
 """
 
 from __future__ import annotations
