@@ -13,6 +13,7 @@ runs, and its verdict comes after the last byte has left.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ RUN_BYTES_MAX: Final = 256 * 1024
 SMALL_BYTES_MAX: Final = 128 * 1024
 """A read of more is a series of runs."""
 PIECE_BYTES: Final = 256 * 1024
+NEIGHBOURS_MIN, NEIGHBOURS_SPREAD_MAX = 4, 2
+"""From so many reads on, whose span is at most so many times their sum, one call reads them all."""
 
 Request = tuple[int, int, int, int, int, int, int]
 """As `frames.REQUEST` unpacks it: length, op, flags, handle, tag, count, offset."""
@@ -173,6 +176,11 @@ class Work:
         pread, fd = os.pread, -1
         if type(storage) is MemoryStorage:  # the usual case, without a call more than needed
             fd = storage.descriptor
+            if len(asked) >= NEIGHBOURS_MIN and is_plain and held.can_read:
+                together = _read_together(fd, size, asked)
+                if together:
+                    fault("front.read")
+                    return together
         for request, payload in asked:
             length, op, _, _, tag, count, offset = request
             try:
@@ -343,6 +351,24 @@ class Work:
     def _look(self, held: Held) -> None:
         if not held.watch.is_open(self._data.boottime_ns()):
             self._data.check_open(held.lease)
+
+
+def _read_together(fd: int, size: int, asked: Sequence[Asked]) -> list[bytes]:
+    """The answers to reads that lie close together; none where they are anything else."""
+    lengths, ops, _, _, tags, counts, offsets = zip(*[each[0] for each in asked], strict=True)
+    if set(ops) != {READ} or any(lengths):
+        return []
+    low, high = min(offsets), max(map(operator.add, offsets, counts))
+    span, total = high - low, sum(counts)
+    if high > size or total > RUN_BYTES_MAX or span > NEIGHBOURS_SPREAD_MAX * total:
+        return []
+    data = os.pread(fd, span, low)
+    if len(data) != span:
+        return []
+    return [
+        _PACK(count + 1, 1, 0, 0, tag) + data[offset - low : offset - low + count] + GOOD_BYTE
+        for count, tag, offset in zip(counts, tags, offsets, strict=True)
+    ]
 
 
 def _parts(table: memoryview) -> list[tuple[int, int]]:

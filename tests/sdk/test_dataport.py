@@ -81,6 +81,35 @@ class TestManyParts:
             lease.mem().write_many([(8, b"a"), (SIZE - 1, b"bc")])
 
 
+class TestAPipeline:
+    @pytest.mark.parametrize(
+        "parts",
+        [
+            [(i * 64, 64) for i in range(64)],
+            [(i * 64 % 320, 64) for i in range(200)],
+            [(i * 9000, 64) for i in range(70)],
+            [(i * 7, i % 5) for i in range(100)],
+            [(0, 3), (3, 3), (6, 4), (10, 3)],
+            [(5, 0)] * 6,
+            [],
+        ],
+    )
+    def test_each_read_gets_its_own_bytes(
+        self, far: MemLease, parts: list[tuple[int, int]]
+    ) -> None:
+        data = os.urandom(SIZE)
+        far.mem().write(0, data)
+        found = port_of(far).pipelined(far.lease_id, far.epoch, parts, timeout_ms=15_000)
+        assert found == [data[offset : offset + length] for offset, length in parts]
+
+    def test_one_read_outside_is_refused_and_the_next_pipeline_is_not(self, far: MemLease) -> None:
+        parts = [(0, 8)] * 30 + [(SIZE - 4, 8)] + [(0, 8)] * 30
+        with pytest.raises(Incompatible) as refused:
+            port_of(far).pipelined(far.lease_id, far.epoch, parts, timeout_ms=15_000)
+        assert refused.value.code == "EXTENT"
+        assert far.mem().read_many([(0, 8)] * 4) == [bytes(8)] * 4
+
+
 class TestWords:
     def test_a_word_is_swapped_if_it_is_what_was_expected(self, lease: MemLease) -> None:
         memory = lease.mem()
